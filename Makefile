@@ -1,0 +1,64 @@
+# make first   install into .venv, quantize the bundled sample model three ways, print how they compare
+# make test    install the development tools as well, run the notebooks and the test suite
+# make docs    build the documentation site into _docs
+# make check   are notebooks, modules and README in step?
+#
+# PYTHON=python3.12          another interpreter for .venv (3.10 or newer)
+# TORCH_INDEX=URL            take torch from this package index, for instance its CPU-only builds
+# JOBS=4                     notebooks and tests that run side by side
+
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+TORCH_INDEX ?=
+
+BIN     := $(abspath $(VENV))/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+LEVELS  := Q8_0 Q4_K_M Q2_K
+FILES   := $(LEVELS:%=first/sample-4m-%.gguf)
+
+export PATH := $(BIN):$(PATH)
+
+.PHONY: first test docs check clean
+.DELETE_ON_ERROR:
+
+first: $(FILES)
+	cd first && llm-quantize quality compare sample-4m $(notdir $(FILES))
+
+first/sample-4m: | $(VENV)/.installed
+	mkdir -p first
+	cd first && llm-quantize sample sample-4m
+
+first/sample-4m-%.gguf: $(wildcard llm_quantize/*.py) | first/sample-4m
+	cd first && llm-quantize quantize sample-4m gguf -q $*
+
+test: $(VENV)/.developed
+	nbdev_test --n_workers $(JOBS)
+	python -m pytest -q -n $(JOBS)
+
+docs: $(VENV)/.developed
+	python tools/site.py
+
+check: $(VENV)/.developed
+	nbdev_export && nbdev_clean
+	python tools/site.py --readme
+	git diff --exit-code -- nbs llm_quantize README.md
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "llm_quantize needs Python 3.10 or newer with the venv module; '$(PYTHON)' is not (or not there)."; \
+	  echo "Name another one: make first PYTHON=python3.12   (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: settings.ini setup.py constraints.txt | $(VENV)/.made
+	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) torch)
+	$(INSTALL) --use-pep517 --editable .
+	touch $@
+
+$(VENV)/.developed: $(VENV)/.installed
+	$(INSTALL) --use-pep517 --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf first build dist _proc _docs _site_src *.egg-info
