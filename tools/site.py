@@ -26,7 +26,7 @@ PAGES = BUILD / "pages"
 
 CODE = r"^(?:`{3,}|~{3,}).*?^(?:`{3,}|~{3,})[ ]*$|`[^`\n]+`"
 CALLOUT = re.compile(r"^:{3,} *\{\.callout-(\w+)[^}]*\}\n(.*?)^:{3,}[ ]*$", re.M | re.S)
-MATH = re.compile(rf"({CODE})|\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\d\w])", re.M | re.S)
+MATH = re.compile(rf"({CODE})|(\\\$)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\d\w])", re.M | re.S)
 LINK = re.compile(r"\]\(((?:[\w./-]*/)?[\w.-]+\.ipynb)(#[\w.-]*)?\)")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -60,7 +60,8 @@ def mathml(text: str) -> str:
 
     def one(match: re.Match) -> str:
         if match[1]: return match[1]
-        return convert((match[2] or match[3]).strip(), display="block" if match[2] else "inline").replace("\n", " ")
+        if match[2]: return "$"
+        return convert((match[3] or match[4]).strip(), display="block" if match[3] else "inline").replace("\n", " ")
     return MATH.sub(one, text)
 
 
@@ -128,11 +129,21 @@ def is_signature(cell: dict) -> bool:
     return cell["cell_type"] == "code" and re.search(r"^show_doc\(", "".join(cell["source"]), re.M) is not None
 
 
+def defined_names(code: str, signatures: list[str]) -> list[str]:
+    "The names that nbdev documents for a cell, in the order in which the cell defines them."
+    names = [name for text in signatures for name in re.findall(r"^### +(\w+)", text, re.M)[:1]]
+    return sorted(names, key=lambda name: code.find(f"def {name}(") if f"def {name}(" in code else code.find(f"class {name}"))
+
+
 def exported_markdown(code: str, signatures: list[str], folded: bool) -> list[str]:
-    "An exported cell: a heading for each name it defines, then its source; folded away, the source stands under the signatures."
-    if not folded: return [*(heading for text in signatures for heading in re.findall(r"^### .*$", text, re.M)[:1]), fenced(code, "python")]
-    block = "\n".join(f"    {line}" if line else "" for line in fenced(code, "python").split("\n"))
-    return [*signatures, f'??? source "Source"\n\n{block}']
+    "An exported cell: a heading with the names it defines, then its source; folded away, the source stands under the signatures."
+    if folded:
+        block = "\n".join(f"    {line}" if line else "" for line in fenced(code, "python").split("\n"))
+        return [*signatures, f'??? source "Source"\n\n{block}']
+    names = defined_names(code, signatures)
+    if not names: return [fenced(code, "python")]
+    anchors = "".join(f'<a id="{name.lower()}"></a>' for name in names[1:])
+    return [f"### {', '.join(names)} {{ #{names[0].lower()} }}\n\n{anchors}", fenced(code, "python")]
 
 
 def body_markdown(nb: dict, prose, save) -> str: # prose: Markdown -> Markdown; save: (bytes, suffix) -> address of the picture
@@ -251,13 +262,13 @@ def navigation(contents: list, addresses: dict[str, str], titles: dict[str, str]
 
 def mkdocs_settings(website: dict, nav: list) -> dict:
     "Settings of the site: no fonts, scripts or pictures from elsewhere, and no link that leads nowhere."
-    def palette(scheme: str, icon: str, name: str) -> dict:
-        return {"scheme": scheme, "primary": "indigo", "accent": "indigo", "toggle": {"icon": f"material/{icon}", "name": name}}
+    def palette(scheme: str, preference: str, icon: str, name: str) -> dict:
+        return {"media": f"(prefers-color-scheme: {preference})", "scheme": scheme, "primary": "indigo", "accent": "indigo", "toggle": {"icon": f"material/{icon}", "name": name}}
     return {
         "site_name": website["title"], "site_description": website["description"],
         "docs_dir": PAGES.name, "site_dir": f"../{SITE.name}", "use_directory_urls": False, "nav": nav,
         "theme": {"name": "material", "font": False, "features": ["navigation.sections", "navigation.footer", "navigation.top", "content.code.copy", "toc.follow"],
-                  "palette": [palette("default", "weather-night", "Dark"), palette("slate", "weather-sunny", "Light")]},
+                  "palette": [palette("default", "light", "weather-night", "Dark"), palette("slate", "dark", "weather-sunny", "Light")]},
         "extra_css": ["styles.css"], "plugins": ["material/search"],
         "validation": {"omitted_files": "warn", "absolute_links": "warn", "unrecognized_links": "warn", "anchors": "warn"},
         "markdown_extensions": ["admonition", "attr_list", "tables", "md_in_html", "sane_lists", "pymdownx.details", {"toc": {"permalink": True}}, "pymdownx.superfences",
@@ -272,6 +283,8 @@ def build_site() -> int: # exit status
     listed = sidebar_notebooks(website["sidebar"]["contents"])
     forgotten = sorted(set(site_notebooks()) - set(listed))
     if forgotten: raise SystemExit(f"not in the sidebar of _quarto.yml: {', '.join(forgotten)}")
+    absent = [name for name in listed if not (NOTEBOOKS / name).exists()]
+    if absent: raise SystemExit(f"in the sidebar of _quarto.yml but not in nbs/: {', '.join(absent)}")
     shutil.rmtree(BUILD, ignore_errors=True)
     PAGES.mkdir(parents=True)
     shutil.copy(NOTEBOOKS / "styles.css", PAGES)
