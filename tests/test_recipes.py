@@ -16,6 +16,7 @@ import pytest
 from llama_cpp import _logger
 
 from llm_quantize import recipes
+from llm_quantize.architectures import architecture
 from llm_quantize.checkpoint import Checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError
 from llm_quantize.qtypes import QTYPES
@@ -388,3 +389,14 @@ def test_plan_as_data():
     table = plan._repr_markdown_().splitlines()
     assert len(table) == 2 + len({t.kind for t in plan}) + 1 and "ffn_down_exps" in "".join(table)
     assert repr(plan).startswith("Plan(Q4_K_M: ") and len(repr(plan)) < 100
+
+
+def test_the_plan_of_a_checkpoint(sample_model):
+    "What the architecture tables call quantizable is what the plan quantizes; the facts come from their metadata."
+    checkpoint = Checkpoint(sample_model)
+    tables = architecture(checkpoint.config)
+    found = tables.tensors(checkpoint)
+    facts = facts_from_metadata(tables.metadata(checkpoint.config, "sample"))
+    assert facts == ModelFacts("llama", 4, 4, 2)
+    plan = plan_mix("Q4_0", [(t.name, t.shape) for t in found], facts)
+    assert [t.name for t in plan if t.type != "F32"] == [t.name for t in found if t.quantizable]
