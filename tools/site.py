@@ -245,7 +245,8 @@ def write_page(notebook: str, nb: dict, addresses: dict[str, str], base: str) ->
         return relink(mathml(CALLOUT.sub(site_callout, text)), target)
 
     body = body_markdown(nb, prose, save)
-    body = re.sub(rf"{re.escape(base)}/?([\w./-]+)\.html", lambda match: os.path.relpath(PAGES / f"{match[1]}.md", page.parent), body)
+    page_of = re.compile(rf"{re.escape(base)}/?([\w./-]+)\.html(#\w+)?[\w.]*")  # nbdev's links to a name; that of a method goes to its class
+    body = page_of.sub(lambda match: os.path.relpath(PAGES / f"{match[1]}.md", page.parent) + (match[2] or ""), body)
     title, lead = facts.get("title", Path(address).name), facts.get("description", "")
     head = f"---\ntitle: {json.dumps(title)}\n---\n\n# {title}\n\n"
     page.write_text(head + (f"{prose(lead.strip())}\n{{ .lead }}\n\n" if lead else "") + body, encoding="utf-8")
