@@ -22,7 +22,8 @@ from .errors import ConversionError, LLMQuantizeError, ModelNotFoundError, Valid
 from .qtypes import qtype
 
 # %% ../nbs/32_gguf_model.ipynb #gguf_model-pack-string
-_NUMBERS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32, 7: np.bool_, 10: np.uint64, 11: np.int64, 12: np.float64}
+_NUMBERS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32, 7: np.bool_,
+            10: np.uint64, 11: np.int64, 12: np.float64} # type number in the file -> dtype
 _NUMBER_IDS = {np.dtype(number): code for code, number in _NUMBERS.items()}
 _STRING, _ARRAY = 8, 9
 _PLAIN = {bool: np.bool_, int: np.uint32, float: np.float32}
@@ -108,7 +109,8 @@ def _check_target(path: Path, needed: int) -> None:
     if not folder.is_dir(): raise LLMQuantizeError(f"there is no directory {folder}", "create it, or choose another output")
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise LLMQuantizeError(f"not enough disk space in {folder}: {needed:,} bytes needed, {free:,} available", f"free {needed - free:,} bytes, or choose another disk")
+        raise LLMQuantizeError(f"not enough disk space in {folder}: {needed:,} bytes needed, {free:,} available",
+                               f"free {needed - free:,} bytes, or choose another disk")
 
 def _store(file, data, path: Path) -> None:
     "Write bytes; a refusal by the disk becomes an `LLMQuantizeError`."
@@ -134,7 +136,9 @@ def _pieces(made, name: str, size: int): # arrays of bytes, as the producer hand
         if piece.dtype != torch.uint8: raise ValidationError(f"tensor {name} was produced as {piece.dtype}, not as bytes", "quantize it first")
         total += piece.numel()
         yield piece.detach().cpu().contiguous().numpy().reshape(-1)
-    if total != size: raise ValidationError(f"tensor {name} was produced with {total} bytes where its shape and type need {size}", "report this: the plan and the encoder disagree")
+    if total != size:
+        raise ValidationError(f"tensor {name} was produced with {total} bytes where its shape and type need {size}",
+                              "report this: the plan and the encoder disagree")
 
 def write_gguf(path: "str | Path",    # the file to write
                metadata: dict,        # GGUF key -> value
@@ -221,7 +225,9 @@ def _read_info(cursor: _Cursor) -> tuple: # name, type, shape, offset in the dat
     if not 1 <= dims <= 4: raise cursor.damaged(f"tensor {name[:60]!r} claims {dims} dimensions")
     shape = tuple(cursor.integer() for _ in range(dims))[::-1]
     code, offset = cursor.integer("<I"), cursor.integer()
-    if code not in _TYPES: raise ConversionError(f"{cursor.path}: tensor {name} has type number {code}, which this version does not know", "update llm_quantize and gguf")
+    if code not in _TYPES:
+        raise ConversionError(f"{cursor.path}: tensor {name} has type number {code}, which this version does not know",
+                              "update llm_quantize and gguf")
     type, block, size = _TYPES[code]
     if shape[-1] % block: raise cursor.damaged(f"rows of tensor {name} have {shape[-1]} weights, {type} needs a multiple of {block}")
     return name, type, shape, offset, prod(shape) // block * size
@@ -236,7 +242,8 @@ def _read_front(path: Path) -> tuple: # metadata, {name: (type, shape)}, {name: 
         if (version := cursor.integer("<I")) not in (2, 3):
             raise ConversionError(f"{path} has GGUF version {version}; versions 2 and 3 can be read", "convert it again with a current tool")
         tensors, entries = cursor.integer(), cursor.integer()
-        if 16 * (tensors + entries) > cursor.size: raise cursor.damaged(f"it claims {tensors:,} tensors and {entries:,} metadata entries in {cursor.size:,} bytes")
+        if 16 * (tensors + entries) > cursor.size:
+            raise cursor.damaged(f"it claims {tensors:,} tensors and {entries:,} metadata entries in {cursor.size:,} bytes")
         metadata = {cursor.string(): cursor.value() for _ in range(entries)}
         rows = [_read_info(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", _ALIGNMENT)
@@ -263,11 +270,14 @@ class GGUFFile:
         self._where = {name: place for *_, places in fronts for name, place in places.items()}
         expected = int(fronts[0][0].get("split.tensors.count", len(self.tensors)))
         if len(self.tensors) != expected:
-            raise ModelNotFoundError(f"the {count} shards of {self.path.name} hold {len(self.tensors)} tensors, not {expected}", "the shards belong to different files: fetch them again")
+            raise ModelNotFoundError(f"the {count} shards of {self.path.name} hold {len(self.tensors)} tensors, not {expected}",
+                                     "the shards belong to different files: fetch them again")
 
     def _siblings(self, count: int) -> list: # all shards, in order
         found = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", self.path.name)
-        if not found: raise ModelNotFoundError(f"{self.path} is one of {count} shards, but is not named NAME-00001-of-{count:05d}.gguf", "give it back its name")
+        if not found:
+            raise ModelNotFoundError(f"{self.path} is one of {count} shards, but is not named NAME-00001-of-{count:05d}.gguf",
+                                     "give it back its name")
         paths = [self.path.with_name(f"{found[1]}-{no + 1:05d}-of-{count:05d}.gguf") for no in range(count)]
         missing = [p.name for p in paths if not p.is_file()]
         if missing: raise ModelNotFoundError(f"{self.path} is split in {count}, and {', '.join(missing)} missing", "put all shards in one directory")
@@ -297,7 +307,8 @@ class GGUFFile:
         return sum(prod(shape) for _, shape in self.tensors.values())
 
     def __repr__(self) -> str:
-        return f"GGUFFile({self.path.name}: {self.metadata.get('general.architecture')}, {len(self.tensors)} tensors, {self.parameters / 1e6:.1f} M weights, {self.bytes / 1e6:.1f} MB)"
+        arch = self.metadata.get("general.architecture")
+        return f"GGUFFile({self.path.name}: {arch}, {len(self.tensors)} tensors, {self.parameters / 1e6:.1f} M weights, {self.bytes / 1e6:.1f} MB)"
 
 def open_gguf(path: "str | Path | GGUFFile") -> GGUFFile: # the file; of a split set, any shard
     "Open a GGUF file; raises `ModelNotFoundError` if it is missing or damaged, `ConversionError` if it is something else."
