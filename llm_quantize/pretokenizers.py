@@ -67,7 +67,6 @@ PRE_TOKENIZERS = (
                  False, "K-EXAONE"),
     PreTokenizer("jais-2", (rf"{_SHORT}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|" +
                             "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}",), False, "Jais 2"),
-    PreTokenizer("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", _O200K), False, "Tiny Aya, Command A"),
     PreTokenizer("ufakzeka", (rf"{_WORD}|\p{{N}}|{_TAIL}",), False, "ufakzeka"),
 )
 
@@ -119,7 +118,7 @@ def _steps(pre_tokenizer: "dict | None") -> list[dict]:
 
 # %% ../nbs/29_pretokenizers.ipynb #pretokenizers-similar
 KNOWN_NAMES = tuple(sorted({p.name for p in PRE_TOKENIZERS} | set( # the names the loader of llama.cpp accepts (src/llama-vocab.cpp, October 2026)
-    "default llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano youtu mpt starcoder phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 "
+    "default tiny_aya llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano youtu mpt starcoder phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 "
     "mellum modern-bert gemma4 granite-embed-multi-311m granite-embed-multi-97m sarvam-moe jina-v1-en jina-v2-code roberta-bpe whitespace refact command-r deepseek-r1-qwen "
     "kormo f2llmv2 stablelm2 olmo smaug-bpe poro-chat chatglm-bpe glm4 glm5 jais codeshell gpt3-finnish exaone exaone4 chameleon minerva-7b megrez llama4 kanana2 talkie "
     "cohere2moe superbpe trillion granite-docling bailingmoe bailingmoe2 llada-moe hunyuan hunyuan-dense hy_v4 joyai-llm kimi-k2 grok-2 afmoe laguna minimax-m2 "

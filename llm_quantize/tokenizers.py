@@ -54,6 +54,8 @@ class SentencePieceModel:
     add_dummy_prefix: bool   # a space is put in front of the text
     remove_extra_whitespaces: bool
     charsmap: bytes          # compiled normalization rules, empty for none
+    byte_fallback: bool      # an unknown character becomes its UTF-8 bytes
+    special: dict            # {"unk": id, "bos": id, ...}; -1 for none
 
 def read_sentencepiece(path: Path) -> SentencePieceModel: # path of a tokenizer.model
     "The pieces and settings of a SentencePiece model (message ModelProto of sentencepiece_model.proto)."
@@ -65,10 +67,12 @@ def read_sentencepiece(path: Path) -> SentencePieceModel: # path of a tokenizer.
             piece = dict(_fields(value))
             pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0, piece.get(3, 1)))
         trainer, normalizer = (dict(_fields(b"".join(v for n, v in message if n == field))) for field in (2, 3))
-        if not pieces: raise ValueError("no pieces")
+        if not pieces or not {2, 3} <= {number for number, _ in message}: raise ValueError("it ends before its settings")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ConversionError(f"{Path(path).name} is damaged or no SentencePiece model: {error}", _AGAIN) from error
-    return SentencePieceModel(tuple(pieces), trainer.get(3, 1), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)), normalizer.get(2, b""))
+    special = {name: trainer.get(field, default) for name, field, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1))}
+    return SentencePieceModel(tuple(pieces), trainer.get(3, 1), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)), normalizer.get(2, b""),
+                              bool(trainer.get(35, 0)), special)
 
 # %% ../nbs/30_tokenizers.ipynb #tokenizers-vocabulary
 @dataclass
@@ -80,6 +84,7 @@ class _Vocabulary:
 
     def put(self, id: int, text: str, type: int):
         "Set a token, growing the columns with unused ones if it lies beyond the end."
+        if not 0 <= id < 1 << 22: raise ValueError(f"token id {id}")
         while len(self.tokens) <= id:
             self.tokens.append(f"[PAD{len(self.tokens)}]")
             self.types.append(int(TokenType.UNUSED))
@@ -105,14 +110,16 @@ def _scores(vocabulary: dict, merges: list) -> list[float]: # {token: id} -> sco
 # %% ../nbs/30_tokenizers.ipynb #tokenizers-from-sentencepiece
 def _from_sentencepiece(model: SentencePieceModel) -> _Vocabulary:
     "The columns of a tokenizer.model."
-    texts, scores, types = zip(*model.pieces)
-    return _Vocabulary(list(texts), [int(t) for t in types], list(scores))
+    # llama.cpp looks for user-defined tokens in the raw text, where a space is a space
+    texts = [text.replace("▁", " ") if kind == TokenType.USER_DEFINED else text for text, _, kind in model.pieces]
+    return _Vocabulary(texts, [kind for _, _, kind in model.pieces], [score for _, score, _ in model.pieces])
 
 def _from_json(model: dict,       # `model` of a tokenizer.json
                scored: bool) -> _Vocabulary: # SentencePiece dialect: scores, byte and unknown tokens
     "The columns of a BPE model in a tokenizer.json."
     ordered = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     vocabulary = _Vocabulary([], [], [] if scored else None)
+    if len(set(ordered.values())) < len(ordered): raise ValueError("one id for several tokens")
     scores = _scores(ordered, model["merges"]) if scored else [0.0] * len(ordered)
     for (text, id), score in zip(ordered.items(), scores):
         kind = TokenType.NORMAL
@@ -130,7 +137,7 @@ def _added_tokens(files: "_Files"): # yields (id, text, special); later entries 
 
 def _looks_special(text: str) -> bool:
     "Whether a token that is not marked special is one nevertheless: turn markers and the like."
-    return text in ("<pad>", "<mask>", "<unk>", "<s>", "</s>") or text.startswith("<|") and text.endswith("|>")
+    return text in ("<pad>", "<mask>", "<unk>", "<s>", "</s>") or text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>"))
 
 def _overlay(vocabulary: _Vocabulary, files: "_Files", size: int) -> None: # size: rows of the embedding
     "Put the added tokens in, then fill up to the rows of the embedding; both in place."
@@ -142,7 +149,6 @@ def _overlay(vocabulary: _Vocabulary, files: "_Files", size: int) -> None: # siz
             continue
         if id < len(vocabulary.types) and vocabulary.types[id] in (TokenType.UNKNOWN, TokenType.BYTE) and vocabulary.tokens[id] == text: continue
         if special or _looks_special(text): vocabulary.put(id, text, TokenType.CONTROL)
-        # llama.cpp looks for these in the raw text, where a space is a space
         else: vocabulary.put(id, text if vocabulary.scores is None else text.replace("▁", " "), TokenType.USER_DEFINED)
     if len(vocabulary.tokens) < size: vocabulary.put(size - 1, f"[PAD{size - 1}]", TokenType.UNUSED)
     seen = {}
@@ -191,40 +197,46 @@ def _is_byte_level(tokenizer: dict) -> bool:
     steps = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers") + _parts(tokenizer.get("decoder"), "decoders")
     return any(step.get("type") == "ByteLevel" for step in steps)
 
-# %% ../nbs/30_tokenizers.ipynb #tokenizers-special-ids
+# %% ../nbs/30_tokenizers.ipynb #tokenizers-named
 _K = Keys.Tokenizer
 _SPECIAL = {"bos": _K.BOS_ID, "eos": _K.EOS_ID, "unk": _K.UNK_ID, "sep": _K.SEP_ID, "pad": _K.PAD_ID, "mask": _K.MASK_ID, "eot": _K.EOT_ID, "eom": _K.EOM_ID}
 _TURN_ENDS = {"eot": ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"), "eom": ("<|eom_id|>",)}
+
+def _named(files: _Files, name: str) -> "str | None": # name: "bos", "eos", ...
+    "The text of a special token, as the tokenizer's settings have it."
+    entry = files.config.get(f"{name}_token")
+    if entry is None and name == "unk": entry = files.json.get("model", {}).get("unk_token")
+    return entry.get("content") if isinstance(entry, dict) else entry
 
 def _special_ids(files: _Files, config: dict, tokens: list[str]) -> dict[str, int]: # config: of the model
     "The id of each special token: by the text in the tokenizer's settings, else by the number in the model's."
     ids, known = {}, {text: id for id, text in enumerate(tokens)}
     for name, key in _SPECIAL.items():
-        named = files.config.get(f"{name}_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        if named is None and name == "unk": named = files.json.get("model", {}).get("unk_token")
-        id = known.get(named)
-        if id is None:
-            id = config.get(f"{name}_token_id", config.get("text_config", {}).get(f"{name}_token_id"))
-            id = id[0] if isinstance(id, list) and id else id
-        if id is None: id = next((known[text] for text in _TURN_ENDS.get(name, ()) if text in known), None)
-        if isinstance(id, int) and 0 <= id < len(tokens): ids[key] = id
+        number = config.get(f"{name}_token_id", config.get("text_config", {}).get(f"{name}_token_id"))
+        candidates = [known.get(_named(files, name)), number[0] if isinstance(number, list) and number else number,
+                      files.model.special.get(name) if files.model else None, *(known.get(text) for text in _TURN_ENDS.get(name, ()))]
+        id = next((c for c in candidates if isinstance(c, int) and 0 <= c < len(tokens)), None)
+        if id is not None: ids[key] = id
     if _K.EOS_ID not in ids: _log.warning("no end-of-sequence token is named: llama.cpp will assume one")
     return ids
 
-def _added_around(files: _Files) -> dict[str, bool]:
-    "Whether bos and eos are put around a text: explicit settings first, as in transformers, then the post-processor, then SentencePiece's habit."
-    flags = {name: files.config.get(f"add_{name}_token") for name in ("bos", "eos")}
-    if any(isinstance(flag, bool) for flag in flags.values()):
-        return {key: bool(flags[name]) and bool(files.config.get(f"{name}_token")) for name, key in (("bos", _K.ADD_BOS), ("eos", _K.ADD_EOS))}
-    if not files.json: return {_K.ADD_BOS: True, _K.ADD_EOS: False}
-    first = last = False
+# %% ../nbs/30_tokenizers.ipynb #tokenizers-around
+def _around(files: _Files, ids: dict) -> dict: # ids: as made by _special_ids
+    "Whether bos and eos are put around a text; the bos id too, where a template names another token."
     for step in _parts(files.json.get("post_processor"), "processors"):
-        single = step.get("single") or []
-        if step.get("type") == "TemplateProcessing" and len(single) > 1:
-            first, last = "SpecialToken" in single[0], "SpecialToken" in single[-1]
-    return {_K.ADD_BOS: first, _K.ADD_EOS: last}
+        if step.get("type") != "TemplateProcessing": continue
+        before, after = [], []
+        side = before
+        for item in step["single"]:
+            if "Sequence" in item: side = after
+            else: side.extend(step["special_tokens"][item["SpecialToken"]["id"]]["ids"])
+        if len(before) > 1 or after not in ([], [ids.get(_K.EOS_ID)]): _log.warning("the template puts %s before and %s behind a text; llama.cpp can only add bos and eos", before, after)
+        bos = {_K.BOS_ID: before[0]} if len(before) == 1 else {}
+        return bos | {_K.ADD_BOS: bool(bos), _K.ADD_EOS: bool(after) and after == [ids.get(_K.EOS_ID)]}
+    default = {"bos": not files.json and _K.BOS_ID in ids, "eos": False}
+    return {key: bool(files.config.get(f"add_{name}_token", default[name])) and _SPECIAL[name] in ids for name, key in (("bos", _K.ADD_BOS), ("eos", _K.ADD_EOS))}
 
+# %% ../nbs/30_tokenizers.ipynb #tokenizers-chat-templates
 def _chat_templates(files: _Files) -> dict:
     "The chat template, and further named ones; files win over the entry in tokenizer_config.json."
     found = files.config.get("chat_template") or (_read_json(files.path / "chat_template.json") or {}).get("chat_template")
@@ -269,7 +281,8 @@ def _sentencepiece_keys(files: _Files, size: "int | None") -> dict:
     else: raise ConversionError("tokenizer.model is a word or character model; llama.cpp knows BPE and unigram", "this tokenizer cannot be converted")
     _overlay(vocabulary, files, size or _needed(vocabulary, files))
     if not unigram and TokenType.BYTE not in vocabulary.types:
-        _log.warning("this vocabulary has no byte tokens: llama.cpp fails on characters it does not contain")
+        _log.warning("this vocabulary has no byte tokens: llama.cpp stops at a character it does not contain")
+    if unigram and files.model.byte_fallback: _log.warning("llama.cpp's unigram tokenizer has no byte fallback: an unknown character becomes the unknown token")
     keys = {_K.MODEL: "t5" if unigram else "llama", _K.PRE: "default", _K.LIST: vocabulary.tokens, _K.SCORES: np.array(vocabulary.scores, np.float32),
             _K.TOKEN_TYPE: np.array(vocabulary.types, np.int32), _K.ADD_PREFIX: _space_prefix(files)}
     if unigram: keys[_K.REMOVE_EXTRA_WS] = files.model.remove_extra_whitespaces
@@ -302,6 +315,7 @@ def tokenizer_metadata(path: "str | Path",         # model directory with tokeni
         byte_level = _is_byte_level(files.json)
         if pre is not None and not byte_level: raise ArgumentError("only byte-level BPE has a pre-tokenizer, this is a SentencePiece tokenizer", "leave --pre away")
         keys = _byte_level_keys(files, size, pre) if byte_level else _sentencepiece_keys(files, size)
-        return keys | _special_ids(files, config, keys[_K.LIST]) | _added_around(files) | _chat_templates(files)
+        keys |= _special_ids(files, config, keys[_K.LIST])
+        return keys | _around(files, keys) | _chat_templates(files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(f"the tokenizer files in {path} are damaged: {type(error).__name__} {error}", _AGAIN) from error
