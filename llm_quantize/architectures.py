@@ -190,6 +190,10 @@ class Architecture:
         "The tensors of the GGUF; raises `ConversionError` naming tensors that are missing, unexpected or misshapen."
         return _tensors(self, checkpoint)
 
+    def vocabulary(self, config: dict) -> int: # rows of the embedding
+        "Size of the vocabulary, also where config.json leaves it to the family's default."
+        return _settings(self, config)["vocab_size"]
+
     def limits(self, config: dict) -> list: # sentences
         "What the model can do and the GGUF in llama.cpp cannot; mostly empty."
         return _limits(self, _settings(self, config))

@@ -18,8 +18,9 @@ import gguf
 import numpy as np
 import torch
 
+from .codec import dequantize
 from .errors import ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
-from .qtypes import qtype
+from .qtypes import QTYPES, qtype
 
 # %% ../nbs/32_gguf_model.ipynb #gguf_model-pack-string
 _NUMBERS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32, 7: np.bool_,
@@ -105,9 +106,11 @@ def gguf_bytes(metadata: dict,        # GGUF key -> value
 def _check_target(path: Path, needed: int) -> None:
     "Raise `LLMQuantizeError` if `needed` bytes cannot be written at `path`."
     folder = path.parent
-    if path.is_dir(): raise LLMQuantizeError(f"{path} is a directory", "give the name of a file in it")
-    if not folder.is_dir(): raise LLMQuantizeError(f"there is no directory {folder}", "create it, or choose another output")
-    free = shutil.disk_usage(folder).free
+    try:
+        if path.is_dir(): raise LLMQuantizeError(f"{path} is a directory", "give the name of a file in it")
+        if not folder.is_dir(): raise LLMQuantizeError(f"there is no directory {folder}", "create it, or choose another output")
+        free = shutil.disk_usage(folder).free
+    except OSError as error: raise LLMQuantizeError(f"cannot write in {folder}: {error.strerror}", "choose a directory you may write to") from None
     if needed > free:
         raise LLMQuantizeError(f"not enough disk space in {folder}: {needed:,} bytes needed, {free:,} available",
                                f"free {needed - free:,} bytes, or choose another disk")
@@ -128,7 +131,15 @@ def _open_partial(path: Path):
     try: return open(path.with_name(f".{path.name}.partial"), "wb")
     except OSError as error: raise LLMQuantizeError(f"cannot write in {path.parent}: {error.strerror}", "choose a directory you may write to") from None
 
-# %% ../nbs/32_gguf_model.ipynb #gguf_model-pieces
+# %% ../nbs/32_gguf_model.ipynb #gguf_model-check-infos
+def _check_infos(infos: list) -> None:
+    "Raise `ValidationError` for tensors that a GGUF or llama.cpp cannot hold."
+    names = [name for name, *_ in infos]
+    for name, shape, _ in infos:
+        if len(name.encode()) > 63: raise ValidationError(f"tensor name {name} is longer than the 63 bytes llama.cpp reads", "shorten it")
+        if not 1 <= len(shape) <= 4 or min(shape) < 1: raise ValidationError(f"tensor {name} has shape {shape}; a GGUF holds one to four dimensions, none of them 0", "leave it out")
+    if len(set(names)) < len(names): raise ValidationError(f"tensor {max(names, key=names.count)} is listed twice", "give each tensor its own name")
+
 def _pieces(made, name: str, size: int): # arrays of bytes, as the producer hands them over
     "Check that a produced tensor is bytes and as many as announced, piece by piece."
     total = 0
@@ -148,6 +159,7 @@ def write_gguf(path: "str | Path",    # the file to write
                progress: "Callable[[int, int], None] | None" = None # called after each tensor with bytes done and bytes in all
               ) -> list:              # paths of the files
     "Write a GGUF file, or its shards; on any failure nothing is left under the final name."
+    _check_infos(infos)
     shards = _shards(metadata, infos, max_shard_bytes)
     paths = _shard_paths(Path(path), len(shards))
     total, done = gguf_bytes(metadata, infos, max_shard_bytes=max_shard_bytes), 0
@@ -225,6 +237,7 @@ def _read_info(cursor: _Cursor) -> tuple: # name, type, shape, offset in the dat
     if not 1 <= dims <= 4: raise cursor.damaged(f"tensor {name[:60]!r} claims {dims} dimensions")
     shape = tuple(cursor.integer() for _ in range(dims))[::-1]
     code, offset = cursor.integer("<I"), cursor.integer()
+    if min(shape) < 1: raise cursor.damaged(f"tensor {name[:60]!r} claims shape {shape}")
     if code not in _TYPES:
         raise ConversionError(f"{cursor.path}: tensor {name} has type number {code}, which this version does not know",
                               "update llm_quantize and gguf")
@@ -262,16 +275,21 @@ class GGUFFile:
         self.path = Path(path)
         if not self.path.is_file(): raise ModelNotFoundError(f"there is no file {self.path}", "give the path of a .gguf file")
         metadata, _, _ = first = _read_front(self.path)
-        count = int(metadata.get("split.count", 1))
+        count = self._split(metadata, "split.count", 1)
         self.paths = [self.path] if count == 1 else self._siblings(count)
         fronts = [first] if count == 1 else [_read_front(p) for p in self.paths]
         self.metadata = {k: v for k, v in fronts[0][0].items() if not k.startswith("split.")}
         self.tensors = {name: info for _, tensors, _ in fronts for name, info in tensors.items()}
         self._where = {name: place for *_, places in fronts for name, place in places.items()}
-        expected = int(fronts[0][0].get("split.tensors.count", len(self.tensors)))
+        expected = self._split(fronts[0][0], "split.tensors.count", len(self.tensors))
         if len(self.tensors) != expected:
             raise ModelNotFoundError(f"the {count} shards of {self.path.name} hold {len(self.tensors)} tensors, not {expected}",
                                      "the shards belong to different files: fetch them again")
+
+    def _split(self, metadata: dict, key: str, absent: int) -> int:
+        value = metadata.get(key, absent)
+        if isinstance(value, (int, np.integer)) and 0 < value < 2**31: return int(value)
+        raise ModelNotFoundError(f"{self.path} is damaged: {key} is {value!r:.40}", "download or write it again")
 
     def _siblings(self, count: int) -> list: # all shards, in order
         found = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", self.path.name)
@@ -294,7 +312,9 @@ class GGUFFile:
     def decode(self, name: str) -> torch.Tensor: # float32, in the tensor's shape
         "The weights of a tensor."
         data, (type, shape) = self.data(name), self.tensors[name]
-        return torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[type])).view(shape)
+        if type in QTYPES: return dequantize(data, type).view(shape)
+        try: return torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[type])).float().view(shape)
+        except NotImplementedError: raise ConversionError(f"tensor {name} is of type {type}, which cannot be decoded here", "use a file of other types") from None
 
     @property
     def bytes(self) -> int:
