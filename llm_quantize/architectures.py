@@ -384,6 +384,7 @@ def _output(arch: Architecture, c: dict, found: dict, checkpoint: Checkpoint) ->
 
 # %% ../nbs/11_architectures.ipynb #architectures-name-some
 def _name_some(names: list) -> str: # the first three, and how many more
+    "A few names for a message."
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 def _hf_name(target: str, found: dict) -> str:
