@@ -64,12 +64,17 @@ def _set_up_logging(verbosity: str) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         if not sys.stderr.isatty(): os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+def _console():
+    "Where tables go: as wide as the terminal, or 160 columns in a pipe, and plain text in a notebook too."
+    from rich.console import Console
+    return Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False, highlight=False)
+
 @contextmanager
 def _progress(label: str):
     "A progress bar on stderr, or nothing where stderr is no terminal; yields a callback (done, total, what)."
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     with Progress(TextColumn("[llm-quantize] {task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
                   console=console, transient=True, disable=not console.is_terminal or output.verbosity == "quiet") as bar:
         task = bar.add_task(label, total=None)
@@ -113,14 +118,13 @@ def sample(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="directo
 
 def _facts(result) -> None:
     "Print a record as two columns."
-    from rich.console import Console
     from rich.table import Table
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in result.to_dict().items():
         if key == "status": continue
         if isinstance(value, dict): value = ", ".join(f"{count} {name}" for name, count in value.items())
         table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    _console().print(table)
 
 @app.command()
 def info(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory, Hub id or GGUF file")]):
@@ -136,11 +140,10 @@ def parse_size(text: str) -> int: # bytes
     return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}[found[2]])
 
 def _show_quantized(result) -> None:
-    from rich.console import Console
     from rich.table import Table
-    console = Console()
+    console = _console()
     console.print(f"{result.output_path}  {result.file_size / 1e6:,.2f} MB  {result.effective_bpw:.3f} bits per weight  "
-                  f"{100 * result.compression_ratio:.1f} % of the original", highlight=False, soft_wrap=True)
+                  f"{100 * result.compression_ratio:.1f} % of the original", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for name in ("type", "tensors", "weights", "bytes", "relative error"): table.add_column(name, justify="left" if name == "type" else "right")
     for row in result.by_type():
@@ -148,14 +151,13 @@ def _show_quantized(result) -> None:
     console.print(table)
 
 def _show_plan(job) -> None:
-    from rich.console import Console
     from rich.table import Table
     table = Table(box=None, pad_edge=False)
     for name in ("tensor", "shape", "type", "why"): table.add_column(name)
     for t in job.plan.tensors: table.add_row(t.name, " x ".join(map(str, t.shape)), t.type, t.why)
-    console = Console()
+    console = _console()
     console.print(table)
-    console.print(f"{job.level}: {job.file_bytes:,} bytes, {8 * job.file_bytes / job.checkpoint.parameters:.3f} bits per weight", highlight=False)
+    console.print(f"{job.level}: {job.file_bytes:,} bytes, {8 * job.file_bytes / job.checkpoint.parameters:.3f} bits per weight")
 
 @app.command()
 def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")],
@@ -231,6 +233,7 @@ def main(argv: "list[str] | None" = None # arguments; default: the command line'
         return 0
     except BaseException as caught:
         if isinstance(caught, SystemExit): return caught.code or 0
+        if type(caught).__name__ == "NoArgsIsHelpError": return 2  # the help is printed already
         if output.verbosity == "debug" and not isinstance(caught, KeyboardInterrupt): logging.getLogger("llm_quantize").exception("traceback:")
         error = _as_known(caught)
         if output.format == "json": print(json.dumps(error.to_dict(), ensure_ascii=False))
