@@ -18,7 +18,7 @@ import torch
 from .errors import ImatrixError
 
 # %% ../nbs/15_imatrix.ipynb #imatrix-importancematrix
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImportanceMatrix:
     "Sums of squared inputs and numbers of tokens for the weights of a model, by GGUF tensor name."
     sums: dict                               # name -> (matrices, columns) float64: sum of x^2 over the tokens each matrix saw
@@ -32,10 +32,14 @@ class ImportanceMatrix:
         for name in {*self.sums, *self.counts}:
             sums, counts = self.sums.get(name), self.counts.get(name)
             if sums is None or counts is None: raise ImatrixError(f"{name} has {'no sums' if sums is None else 'no counts'}", _MAKE)
-            if sums.ndim != 2 or counts.shape != sums.shape[:1] or not sums.numel(): raise ImatrixError(f"{name} has sums of shape {tuple(sums.shape)} for {tuple(counts.shape)} counts", _MAKE)
+            if sums.ndim != 2 or counts.shape != sums.shape[:1] or not sums.numel():
+                raise ImatrixError(f"{name} has sums of shape {tuple(sums.shape)} for counts of shape {tuple(counts.shape)}", _MAKE)
             for what, values in (("sum", sums), ("count", counts)):
                 if not bool(torch.isfinite(values).all()): raise ImatrixError(f"{name} has a {what} that is not finite", _MAKE)
                 if bool((values < 0).any()): raise ImatrixError(f"{name} has a negative {what}", _MAKE)
+
+    def __repr__(self) -> str:
+        return f"ImportanceMatrix({len(self.sums)} entries, {self.chunk_count} windows of {self.chunk_size} tokens from {', '.join(self.datasets) or 'no named text'})"
 
     @property
     def names(self) -> list[str]:
@@ -52,7 +56,8 @@ class ImportanceMatrix:
         mean = torch.where(((counts == 0) | (sums.sum(1) == 0))[:, None], torch.ones_like(mean), mean)
         if columns is not None:
             if mean.numel() % columns or len(mean) > 1 and mean.shape[1] != columns:
-                raise ImatrixError(f"{name} has rows of {columns} weights, the importance matrix {tuple(mean.shape)} values", "use the importance matrix of this model")
+                raise ImatrixError(f"{name} has rows of {columns} weights, the importance matrix {tuple(mean.shape)} values",
+                                   "use the importance matrix of this model")
             mean = mean.reshape(-1, columns)
         return (mean[0] if len(mean) == 1 else mean).float()
 
@@ -60,15 +65,19 @@ class ImportanceMatrix:
         "Both texts together: sums and counts added."
         for name in self.sums.keys() & other.sums.keys():
             if self.sums[name].shape != other.sums[name].shape:
-                raise ImatrixError(f"{name} has shape {tuple(self.sums[name].shape)} in one matrix and {tuple(other.sums[name].shape)} in the other", "merge matrices of one model only")
-        def add(a, b): return {name: a[name] + b[name] if name in a and name in b else a.get(name, b.get(name)) for name in sorted({*a, *b})}
+                raise ImatrixError(f"{name} has shape {tuple(self.sums[name].shape)} in one matrix and {tuple(other.sums[name].shape)} in the other",
+                                   "merge matrices of one model only")
+        def add(a: dict, b: dict) -> dict:
+            return {name: a[name] + b[name] if name in a and name in b else a.get(name, b.get(name)) for name in sorted({*a, *b})}
         return ImportanceMatrix(add(self.sums, other.sums), add(self.counts, other.counts), tuple(dict.fromkeys(self.datasets + other.datasets)),
                                 self.chunk_count + other.chunk_count, self.chunk_size, {**other.notes, **self.notes})
 
     def to_dict(self) -> dict:
         "A summary for JSON."
+        tensors = [{"name": name, "shape": list(self.sums[name].shape), "tokens": int(self.counts[name].max()), "unseen": int((self.counts[name] == 0).sum())}
+                   for name in self.names]
         return {"entries": len(self.sums), "datasets": list(self.datasets), "chunk_count": self.chunk_count, "chunk_size": self.chunk_size, **self.notes,
-                "tensors": [{"name": name, "shape": list(self.sums[name].shape), "tokens": int(self.counts[name].max()), "unseen": int((self.counts[name] == 0).sum())} for name in self.names]}
+                "tensors": tensors}
 
     def save(self, path: "str | Path") -> Path:
         "Write the file llama.cpp reads; it bears its name only once it is whole."

@@ -54,17 +54,19 @@ PRE_TOKENIZERS = (
                  False, "Qwen 3.5"),
     PreTokenizer("gpt-4o", (_O200K,), False, "GPT-4o, gpt-oss, Phi-4-mini, Llama 4, MiniMax"),
     PreTokenizer("tekken", (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASH}",), True, "Mistral NeMo, Pixtral, Nemotron 3"),
-    PreTokenizer("deepseek-llm", (r"[\r\n]", rf"\s?[{_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CODE_CJK, r"\p{N}"), False, "DeepSeek LLM, DeepSeek V2"),
+    PreTokenizer("deepseek-llm", (r"[\r\n]", rf"\s?[{_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CODE_CJK, r"\p{N}"), False,
+                 "DeepSeek LLM, DeepSeek V2"),
     PreTokenizer("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CODE_CJK, r"\p{N}"), False, "DeepSeek Coder"),
-    PreTokenizer("deepseek-v3", (r"\p{N}{1,3}", _CJK, rf"{_ASCII_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), False, "DeepSeek V3 and R1, Hunyuan"),
+    PreTokenizer("deepseek-v3", (r"\p{N}{1,3}", _CJK, rf"{_ASCII_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), False,
+                 "DeepSeek V3 and R1, Hunyuan"),
     PreTokenizer("spark2_5", (r"\p{N}{1,3}", _CJK, rf"{_ASCII_WORD}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+", r"\p{N}"), False, "Spark X2.5"),
     PreTokenizer("falcon", (r"[!-/:-@\[-`{-~\p{P}]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False, "Falcon"),
     PreTokenizer("bloom", (_BLOOM,), False, "BLOOM, Poro"),
     PreTokenizer("viking", (_BLOOM, r"\p{N}"), False, "Viking"),
     PreTokenizer("minicpm5", (r"\p{N}{1,3}", rf"{_SHORT}|{_WORD}|\p{{N}}+|{_TAIL}"), True, "MiniCPM 5"),
     PreTokenizer("seed-coder", (rf"{_SHORT}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",), False, "Seed-Coder"),
-    PreTokenizer("exaone-moe", (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]+|\s+(?!\S)|\s+",),
-                 False, "K-EXAONE"),
+    PreTokenizer("exaone-moe", (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+                                r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]+|\s+(?!\S)|\s+",), False, "K-EXAONE"),
     PreTokenizer("jais-2", (rf"{_SHORT}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|" +
                             "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}",), False, "Jais 2"),
     PreTokenizer("ufakzeka", (rf"{_WORD}|\p{{N}}|{_TAIL}",), False, "ufakzeka"),
@@ -117,16 +119,18 @@ def _steps(pre_tokenizer: "dict | None") -> list[dict]:
     return [step for inner in pre_tokenizer.get("pretokenizers", []) for step in _steps(inner)]
 
 # %% ../nbs/29_pretokenizers.ipynb #pretokenizers-similar
-KNOWN_NAMES = tuple(sorted({p.name for p in PRE_TOKENIZERS} | set( # the names the loader of llama.cpp accepts (src/llama-vocab.cpp, October 2026)
-    "default tiny_aya llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano youtu mpt starcoder phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 "
-    "mellum modern-bert gemma4 granite-embed-multi-311m granite-embed-multi-97m sarvam-moe jina-v1-en jina-v2-code roberta-bpe whitespace refact command-r deepseek-r1-qwen "
-    "kormo f2llmv2 stablelm2 olmo smaug-bpe poro-chat chatglm-bpe glm4 glm5 jais codeshell gpt3-finnish exaone exaone4 chameleon minerva-7b megrez llama4 kanana2 talkie "
-    "cohere2moe superbpe trillion granite-docling bailingmoe bailingmoe2 llada-moe hunyuan hunyuan-dense hy_v4 joyai-llm kimi-k2 grok-2 afmoe laguna minimax-m2 "
-    "solar-open mellum2".split())))
+# the names the loader of llama.cpp accepts (src/llama-vocab.cpp, October 2026), beside those of the table
+KNOWN_NAMES = tuple(sorted({p.name for p in PRE_TOKENIZERS} | set((
+    "default tiny_aya llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano youtu mpt starcoder phi-2 jina-es jina-de gigachat jina-v2-es "
+    "jina-v2-de a.x-4.0 mellum modern-bert gemma4 granite-embed-multi-311m granite-embed-multi-97m sarvam-moe jina-v1-en jina-v2-code roberta-bpe "
+    "whitespace refact command-r deepseek-r1-qwen kormo f2llmv2 stablelm2 olmo smaug-bpe poro-chat chatglm-bpe glm4 glm5 jais codeshell gpt3-finnish exaone "
+    "exaone4 chameleon minerva-7b megrez llama4 kanana2 talkie cohere2moe superbpe trillion granite-docling bailingmoe bailingmoe2 llada-moe hunyuan "
+    "hunyuan-dense hy_v4 joyai-llm kimi-k2 grok-2 afmoe laguna minimax-m2 solar-open mellum2 ").split())))
 
-PROBE = ("Hello World, it's WE'LL they'Re o'clock; camelCase HTTPServer's x1y22z333 1 12 123 1234 12345678 3.14 1,000,000 ٣٤٥٦ Ⅷ½\n\n\nfoo(bar)[0] != {a: 'b'}; // end\n"
-         "\tif x:\r\n\t\treturn  y\n \n  \n naïve cafe\u0301 Привет ПриветМир ελλάδα Straße हिन्दी ภาษาไทย 日本語テキスト 中文，标点。 한국어 العربية، ۔ ... !!! ?? -- ~~ $€ +=== a/b\n/c "
-         "word \u3000wide\u00a0space 👩‍👩‍👧🇫🇷  trailing    ")
+PROBE = ( # a text with a little of everything, on which cuts are compared
+    "Hello World, it's WE'LL they'Re o'clock; camelCase HTTPServer's x1y22z333 1 12 123 1234 12345678 3.14 1,000,000 ٣٤٥٦ Ⅷ½\n\n\n"
+    "foo(bar)[0] != {a: 'b'}; // end\n\tif x:\r\n\t\treturn  y\n \n  \n naïve cafe\u0301 Привет ПриветМир ελλάδα Straße हिन्दी ภาษาไทย 日本語テキスト "
+    "中文，标点。 한국어 العربية، ۔ ... !!! ?? -- ~~ $€ +=== a/b\n/c word \u3000wide\u00a0space 👩‍👩‍👧🇫🇷  trailing    ")
 
 def similar(pre_tokenizer: dict, # `pre_tokenizer` of a tokenizer.json
             n: int = 3):         # how many: list of (name, share of common borders)

@@ -142,7 +142,8 @@ def _looks_special(text: str) -> bool:
 def _overlay(vocabulary: _Vocabulary, files: "_Files", size: int) -> None: # size: rows of the embedding
     "Put the added tokens in, then fill up to the rows of the embedding; both in place."
     if len(vocabulary.tokens) > size:
-        raise ConversionError(f"the tokenizer has {len(vocabulary.tokens)} tokens, the model only {size} rows of embedding", "use the tokenizer this model was trained with")
+        raise ConversionError(f"the tokenizer has {len(vocabulary.tokens)} tokens, the model only {size} rows of embedding",
+                              "use the tokenizer this model was trained with")
     for id, text, special in _added_tokens(files):
         if id >= size:
             _log.warning("added token %r has id %d, beyond the %d rows of the embedding: left out", text, id, size)
@@ -153,7 +154,8 @@ def _overlay(vocabulary: _Vocabulary, files: "_Files", size: int) -> None: # siz
     if len(vocabulary.tokens) < size: vocabulary.put(size - 1, f"[PAD{size - 1}]", TokenType.UNUSED)
     seen = {}
     for id, text in enumerate(vocabulary.tokens):
-        if text in seen: raise ConversionError(f"tokens {seen[text]} and {id} have the same text {text!r}, which llama.cpp refuses", "rename one of them in the tokenizer files")
+        if text in seen:
+            raise ConversionError(f"tokens {seen[text]} and {id} have the same text {text!r}, which llama.cpp refuses", "rename one of them in the tokenizer files")
         seen[text] = id
 
 # %% ../nbs/30_tokenizers.ipynb #tokenizers-files
@@ -179,7 +181,11 @@ def _open(path: Path) -> _Files: # a model directory
     config = (_read_json(path / "special_tokens_map.json") or {}) | config
     if tokenizer and not isinstance(tokenizer.get("model"), dict): raise ConversionError("tokenizer.json has no model", _AGAIN)
     model = None
-    if (path / "tokenizer.model").is_file() and not _is_byte_level(tokenizer): model = read_sentencepiece(path / "tokenizer.model")
+    if (path / "tokenizer.model").is_file() and not _is_byte_level(tokenizer):
+        model = read_sentencepiece(path / "tokenizer.model")
+        if _disagree(model, tokenizer):
+            _log.warning("tokenizer.json and tokenizer.model hold different tokens: the first is used, as transformers does")
+            model = None
     if not tokenizer and model is None:
         others = [n for n in ("vocab.json", "tekken.json", "spiece.model", "tokenizer.tiktoken", "qwen.tiktoken") if (path / n).is_file()]
         raise ConversionError(f"no tokenizer.json and no tokenizer.model in {path}" + (f" (only {', '.join(others)})" if others else ""),
@@ -191,6 +197,11 @@ def _parts(step: "dict | None", key: str) -> list[dict]: # a normalizer, pre-tok
     "Its steps, sequences opened."
     if not step: return []
     return [part for inner in step.get(key, []) for part in _parts(inner, key)] if step.get("type") == "Sequence" else [step]
+
+def _disagree(model: SentencePieceModel, tokenizer: dict) -> bool:
+    "Whether a tokenizer.json beside a tokenizer.model has other tokens under the same ids."
+    vocabulary = tokenizer.get("model", {}).get("vocab")
+    return isinstance(vocabulary, dict) and any(vocabulary.get(text) != id for id, (text, _, kind) in enumerate(model.pieces) if kind == TokenType.NORMAL)
 
 def _is_byte_level(tokenizer: dict) -> bool:
     "Whether a tokenizer.json works on bytes written as letters."
@@ -230,11 +241,13 @@ def _around(files: _Files, ids: dict) -> dict: # ids: as made by _special_ids
         for item in step["single"]:
             if "Sequence" in item: side = after
             else: side.extend(step["special_tokens"][item["SpecialToken"]["id"]]["ids"])
-        if len(before) > 1 or after not in ([], [ids.get(_K.EOS_ID)]): _log.warning("the template puts %s before and %s behind a text; llama.cpp can only add bos and eos", before, after)
+        if len(before) > 1 or after not in ([], [ids.get(_K.EOS_ID)]):
+            _log.warning("the template puts %s before and %s behind a text; llama.cpp can only add bos and eos", before, after)
         bos = {_K.BOS_ID: before[0]} if len(before) == 1 else {}
         return bos | {_K.ADD_BOS: bool(bos), _K.ADD_EOS: bool(after) and after == [ids.get(_K.EOS_ID)]}
     default = {"bos": not files.json and _K.BOS_ID in ids, "eos": False}
-    return {key: bool(files.config.get(f"add_{name}_token", default[name])) and _SPECIAL[name] in ids for name, key in (("bos", _K.ADD_BOS), ("eos", _K.ADD_EOS))}
+    return {key: bool(files.config.get(f"add_{name}_token", default[name])) and _SPECIAL[name] in ids
+            for name, key in (("bos", _K.ADD_BOS), ("eos", _K.ADD_EOS))}
 
 # %% ../nbs/30_tokenizers.ipynb #tokenizers-chat-templates
 def _chat_templates(files: _Files) -> dict:
@@ -253,7 +266,8 @@ def _chat_templates(files: _Files) -> dict:
 def _space_prefix(files: _Files) -> bool:
     "Whether a space is put in front of a text (SentencePiece dialect)."
     for step in _parts(files.json.get("pre_tokenizer"), "pretokenizers"):
-        if step.get("type") == "Metaspace": return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+        if step.get("type") == "Metaspace":
+            return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
     if files.json: return any(step.get("type") == "Prepend" for step in _parts(files.json.get("normalizer"), "normalizers"))
     given = files.config.get("add_prefix_space")
     return given if isinstance(given, bool) else files.model.add_dummy_prefix
@@ -263,12 +277,14 @@ def _check_json(tokenizer: dict, byte_level: bool) -> None:
     model = tokenizer["model"]
     kind = model.get("type", "BPE")
     if kind != "BPE" or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise ConversionError(f"tokenizer.json has a {kind} model; supported without a tokenizer.model is BPE", "add the tokenizer.model of the original model, if it has one")
+        raise ConversionError(f"tokenizer.json has a {kind} model; supported without a tokenizer.model is BPE",
+                              "add the tokenizer.model of the original model, if it has one")
     odd = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     for step in _parts(tokenizer.get("normalizer"), "normalizers"):
         spaces = step.get("type") == "Prepend" or step.get("type") == "Replace" and step.get("content") == "▁" and step.get("pattern") == {"String": " "}
         if step.get("type") != "NFC" and (byte_level or not spaces): odd.append(f"normalizer {step.get('type')}")
-    if odd: raise ConversionError(f"llama.cpp has no counterpart for {', '.join(odd)} of this tokenizer.json", "this tokenizer cannot be converted without changing its tokens")
+    if odd:
+        raise ConversionError(f"llama.cpp has no counterpart for {', '.join(odd)} of this tokenizer.json", "this tokenizer cannot be converted without changing its tokens")
 
 # %% ../nbs/30_tokenizers.ipynb #tokenizers-sentencepiece-keys
 def _sentencepiece_keys(files: _Files, size: "int | None") -> dict:
@@ -313,7 +329,8 @@ def tokenizer_metadata(path: "str | Path",         # model directory with tokeni
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     try:
         byte_level = _is_byte_level(files.json)
-        if pre is not None and not byte_level: raise ArgumentError("only byte-level BPE has a pre-tokenizer, this is a SentencePiece tokenizer", "leave --pre away")
+        if pre is not None and not byte_level:
+            raise ArgumentError("only byte-level BPE has a pre-tokenizer, this is a SentencePiece tokenizer", "leave --pre away")
         keys = _byte_level_keys(files, size, pre) if byte_level else _sentencepiece_keys(files, size)
         keys |= _special_ids(files, config, keys[_K.LIST])
         return keys | _around(files, keys) | _chat_templates(files)

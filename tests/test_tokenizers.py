@@ -508,3 +508,12 @@ def test_pre_option(sample_model, torn, tmp_path):
     with pytest.raises(ArgumentError) as caught: keys_of(odd, pre="lama-bpe")
     assert "llama-bpe" in caught.value.suggestion
     assert keys_of(odd, pre="llama-bpe")["tokenizer.ggml.pre"] == "llama-bpe"
+
+
+def test_two_files_that_disagree(sample_model, tmp_path, caplog):
+    "A tokenizer.model of another vocabulary beside tokenizer.json: what transformers reads is written."
+    directory = copy(sample_model, tmp_path / "m", FILES)
+    train_spm(directory)
+    (directory / "config.json").write_bytes((sample_model / "config.json").read_bytes())
+    llama, reference = pair(directory)
+    assert differing(llama, reference, HOSTILE) == [] and "different tokens" in caplog.text
