@@ -15,6 +15,7 @@ TORCH_INDEX ?=
 BIN     := $(abspath $(VENV))/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 LEVELS  := Q8_0 Q4_K_M Q2_K
+WINDOWS := 32
 FILES   := $(LEVELS:%=first/sample-4m-%.gguf)
 
 export PATH := $(BIN):$(PATH)
@@ -23,11 +24,11 @@ export PATH := $(BIN):$(PATH)
 .DELETE_ON_ERROR:
 
 first: $(FILES)
-	cd first && llm-quantize quality compare sample-4m $(notdir $(FILES))
+	cd first && llm-quantize quality compare sample-4m $(notdir $(FILES)) --calibration-samples $(WINDOWS)
 
 first/sample-4m: | $(VENV)/.installed
 	mkdir -p first
-	cd first && llm-quantize sample sample-4m
+	cd first && llm-quantize sample
 
 first/sample-4m-%.gguf: $(wildcard llm_quantize/*.py) | first/sample-4m
 	cd first && llm-quantize quantize sample-4m gguf -q $*
