@@ -103,11 +103,12 @@ def gguf_bytes(metadata: dict,        # GGUF key -> value
                for meta, first, end in _shards(metadata, infos, max_shard_bytes))
 
 # %% ../nbs/32_gguf_model.ipynb #gguf_model-check-target
-def _check_target(path: Path, needed: int) -> None:
-    "Raise `LLMQuantizeError` if `needed` bytes cannot be written at `path`."
-    folder = path.parent
+def _check_target(paths: list, needed: int) -> None:
+    "Raise `LLMQuantizeError` if `needed` bytes cannot be written at `paths`, all in one directory."
+    folder = paths[0].parent
     try:
-        if path.is_dir(): raise LLMQuantizeError(f"{path} is a directory", "give the name of a file in it")
+        for path in paths:
+            if path.is_dir(): raise LLMQuantizeError(f"{path} is a directory", "give another name for the file")
         if not folder.is_dir(): raise LLMQuantizeError(f"there is no directory {folder}", "create it, or choose another output")
         free = shutil.disk_usage(folder).free
     except OSError as error: raise LLMQuantizeError(f"cannot write in {folder}: {error.strerror}", "choose a directory you may write to") from None
@@ -131,13 +132,32 @@ def _open_partial(path: Path):
     try: return open(path.with_name(f".{path.name}.partial"), "wb")
     except OSError as error: raise LLMQuantizeError(f"cannot write in {path.parent}: {error.strerror}", "choose a directory you may write to") from None
 
+# %% ../nbs/32_gguf_model.ipynb #gguf_model-place
+def _place(partials: list, paths: list) -> None:
+    "Rename finished files, all or none, and make the names last."
+    placed = []
+    try:
+        for partial, final in zip(partials, paths):
+            os.replace(partial, final)
+            placed.append(final)
+        if hasattr(os, "O_DIRECTORY"): # elsewhere a directory cannot be synced
+            folder = os.open(paths[0].parent, os.O_DIRECTORY)
+            try: os.fsync(folder)
+            finally: os.close(folder)
+    except BaseException as error:
+        for final in placed: final.unlink(missing_ok=True)
+        if not isinstance(error, OSError): raise
+        stuck = paths[min(len(placed), len(paths) - 1)]
+        raise LLMQuantizeError(f"{stuck} could not take its name: {error.strerror}", "choose another output") from None
+
 # %% ../nbs/32_gguf_model.ipynb #gguf_model-check-infos
 def _check_infos(infos: list) -> None:
     "Raise `ValidationError` for tensors that a GGUF or llama.cpp cannot hold."
     names = [name for name, *_ in infos]
     for name, shape, _ in infos:
         if len(name.encode()) > 63: raise ValidationError(f"tensor name {name} is longer than the 63 bytes llama.cpp reads", "shorten it")
-        if not 1 <= len(shape) <= 4 or min(shape) < 1: raise ValidationError(f"tensor {name} has shape {shape}; a GGUF holds one to four dimensions, none of them 0", "leave it out")
+        if not 1 <= len(shape) <= 4 or min(shape) < 1:
+            raise ValidationError(f"tensor {name} has shape {shape}; a GGUF holds one to four dimensions, none of them 0", "leave it out")
     if len(set(names)) < len(names): raise ValidationError(f"tensor {max(names, key=names.count)} is listed twice", "give each tensor its own name")
 
 def _pieces(made, name: str, size: int): # arrays of bytes, as the producer hands them over
@@ -163,7 +183,7 @@ def write_gguf(path: "str | Path",    # the file to write
     shards = _shards(metadata, infos, max_shard_bytes)
     paths = _shard_paths(Path(path), len(shards))
     total, done = gguf_bytes(metadata, infos, max_shard_bytes=max_shard_bytes), 0
-    _check_target(paths[0], total)
+    _check_target(paths, total)
     partials = []
     try:
         for final, (meta, first, end) in zip(paths, shards):
@@ -180,7 +200,7 @@ def write_gguf(path: "str | Path",    # the file to write
                     done += _aligned(size)
                     if progress: progress(done, total)
                 _sync(file, final)
-        for partial, final in zip(partials, paths): os.replace(partial, final)
+        _place(partials, paths)
     except BaseException:
         for partial in partials: partial.unlink(missing_ok=True)
         raise
@@ -314,7 +334,8 @@ class GGUFFile:
         data, (type, shape) = self.data(name), self.tensors[name]
         if type in QTYPES: return dequantize(data, type).view(shape)
         try: return torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[type])).float().view(shape)
-        except NotImplementedError: raise ConversionError(f"tensor {name} is of type {type}, which cannot be decoded here", "use a file of other types") from None
+        except NotImplementedError:
+            raise ConversionError(f"tensor {name} is of type {type}, which cannot be decoded here", "use a file of other types") from None
 
     @property
     def bytes(self) -> int:

@@ -20,6 +20,7 @@ from llm_quantize.checkpoint import open_checkpoint
 from llm_quantize.errors import ConversionError
 from llm_quantize.gguf_model import open_gguf, write_gguf
 from llm_quantize.rope import rope_factors, rope_settings
+from llm_quantize.tokenizers import tokenizer_metadata
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a development requirement")
 
@@ -124,14 +125,14 @@ def write(checkpoint, path, kind="F32", row=None, change=lambda t: t, keys=()):
     tensors = [change(t) for t in row.tensors(checkpoint)]
     infos = [(t.name, t.shape, kind if t.quantizable else "F32") for t in tensors]
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
-    metadata = {**row.metadata(checkpoint.config, "tiny"), **vocabulary(checkpoint.config.get("vocab_size", VOCABULARY)), **dict(keys)}
+    metadata = {**row.metadata(checkpoint.config, "tiny"), **vocabulary(row.vocabulary(checkpoint.config)), **dict(keys)}
     write_gguf(path, metadata, infos, lambda i: tensors[i].load(checkpoint).to(dtypes[infos[i][2]]).contiguous().view(torch.uint8))
     return path
 
 
 def llama_logits(path, tokens, context=None):
     "Logits of llama.cpp at every position."
-    llama = llama_cpp.Llama(str(path), n_ctx=context or len(tokens), n_batch=len(tokens), n_ubatch=len(tokens), n_threads=2, n_threads_batch=2, logits_all=True, verbose=False, type_k=0, type_v=0)
+    llama = llama_cpp.Llama(str(path), n_ctx=context or len(tokens), n_batch=len(tokens), n_ubatch=len(tokens), n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, type_k=0, type_v=0)
     llama.eval(tokens)
     logits = torch.from_numpy(np.array(llama.scores[:len(tokens)])).double()
     llama.close()
@@ -177,6 +178,25 @@ def test_bf16_file(name, made, tmp_path, monkeypatch):
     kld, agreement = divergence(model, write(checkpoint, tmp_path / "tiny.gguf", "BF16"), CASES[name][2])
     print(f"{name} BF16: KLD {kld:.2e}, greedy tokens equal {agreement:.1%}")
     assert kld < 1e-4 and agreement > 0.95
+
+
+def real_model(path, target, length=128):
+    "KLD of llama.cpp from transformers for a trained model, with its own tokenizer in the file."
+    checkpoint = open_checkpoint(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    return divergence(model, write(checkpoint, target, keys=tokenizer_metadata(checkpoint.path, checkpoint.config)), length)
+
+
+def test_the_sample_model(sample_model, tmp_path):
+    kld, agreement = real_model(sample_model, tmp_path / "sample.gguf")
+    assert kld < 1e-6 and agreement == 1
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["prose-46m", "trilm-27m"])
+def test_larger_models(name, shared_model, tmp_path):
+    kld, agreement = real_model(shared_model(name), tmp_path / "model.gguf")
+    assert kld < 1e-6 and agreement == 1
 
 
 def spoil(tensor, role, **changes): return replace(tensor, **changes) if tensor.role == role and not tensor.layer else tensor
@@ -245,6 +265,8 @@ def renamed(folder, target, change, config=lambda c: c):
 
 
 def fuse(tensors): # experts as transformers 5 holds them in memory
+    for old, new in (("block_sparse_moe", "mlp"), (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj.")): # as Mixtral's names were
+        tensors = {k.replace(old, new): v for k, v in tensors.items()}
     fused, parts = {k: v for k, v in tensors.items() if ".experts." not in k}, {k: v for k, v in tensors.items() if ".experts." in k}
     layers = sorted({k.split(".experts.")[0] for k in parts})
     for layer in layers:
@@ -254,7 +276,7 @@ def fuse(tensors): # experts as transformers 5 holds them in memory
     return fused
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2moe", "qwen3moe"])
 def test_fused_experts(name, made, tmp_path):
     "The same file from experts one by one and from experts fused; and the fused checkpoint comes back whole."
     _, single = made(name)

@@ -239,6 +239,23 @@ def test_older_file_is_replaced(tmp_path):
     assert len(open_gguf(path).tensors) == 7 and left(tmp_path) == ["m.gguf"]
 
 
+def test_shards_are_placed_all_or_none(tmp_path):
+    "A name that is refused, before writing or at the very end, leaves no incomplete set."
+    count = len(write_gguf(tmp_path / "m.gguf", METADATA, INFOS, produce, max_shard_bytes=20_000))
+    for path in tmp_path.iterdir(): path.unlink()
+    last = tmp_path / f"m-{count:05d}-of-{count:05d}.gguf"
+    last.mkdir()
+    with pytest.raises(LLMQuantizeError, match="is a directory"): write_gguf(tmp_path / "m.gguf", METADATA, INFOS, produce, max_shard_bytes=20_000)
+    last.rmdir()
+    def late(i):
+        if i == len(INFOS) - 1:
+            last.mkdir()
+            (last / "inside").touch()
+        return produce(i)
+    with pytest.raises(LLMQuantizeError, match="could not take its name"): write_gguf(tmp_path / "m.gguf", METADATA, INFOS, late, max_shard_bytes=20_000)
+    assert left(tmp_path) == [last.name]
+
+
 def test_memory_is_bounded(tmp_path):
     "Writing and reading 32 MB in tensors of 2 MB holds a few of them at most."
     infos = [(f"blk.{i}.w.weight", (1024, 512), "F32") for i in range(16)]
