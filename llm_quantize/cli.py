@@ -67,14 +67,14 @@ def _set_up_logging(verbosity: str) -> None:
 def _console():
     "Where tables go: as wide as the terminal, or 160 columns in a pipe, and plain text in a notebook too."
     from rich.console import Console
-    return Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False, force_terminal=sys.stdout.isatty(), highlight=False)
 
 @contextmanager
 def _progress(label: str):
     "A progress bar on stderr, or nothing where stderr is no terminal; yields a callback (done, total, what)."
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    console = Console(stderr=True, force_jupyter=False)
+    console = Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty())
     with Progress(TextColumn("[llm-quantize] {task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
                   console=console, transient=True, disable=not console.is_terminal or output.verbosity == "quiet") as bar:
         task = bar.add_task(label, total=None)

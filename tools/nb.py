@@ -46,7 +46,7 @@ def execute(nb, folder, timeout):
     for cell in nb.cells:
         if cell["id"] in skipped: cell.source = ""
     try:
-        NotebookClient(nb, timeout=timeout, store_widget_state=False, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(nb, timeout=timeout, store_widget_state=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}}).execute()
     finally:
         for cell in nb.cells:
             if cell["id"] in skipped: cell.source = skipped[cell["id"]]
