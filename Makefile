@@ -34,8 +34,8 @@ first/sample-4m-%.gguf: $(wildcard llm_quantize/*.py) | first/sample-4m
 	cd first && llm-quantize quantize sample-4m gguf -q $*
 
 test: $(VENV)/.developed
-	nbdev_test --n_workers $(JOBS)
-	python -m pytest -q -n $(JOBS)
+	nbdev_test --n_workers $(JOBS) --timing
+	python -m pytest -q -n $(JOBS) --durations 15
 
 docs: $(VENV)/.developed
 	python tools/site.py
