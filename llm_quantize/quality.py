@@ -169,7 +169,7 @@ class Metrics:
 def human_size(size: float) -> str: # bytes -> "3.9GB"
     "A number of bytes with one decimal and the unit that suits it."
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= 0.9995 * scale: return f"{size / scale:.1f}{unit}"
+        if size >= 0.99995 * scale: return f"{size / scale:.1f}{unit}"
     return f"{size:.0f}B"
 
 # %% ../nbs/40_quality.ipynb #quality-qualityreport
