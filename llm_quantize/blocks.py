@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fields', 'ENCODERS', 'CHUNK', 'LANES', 'COMPILE_FROM', 'Levels', 'cache_dir', 'ratio', 'nearest', 'stage',
            'compiling', 'fit_sums', 'fit_errors', 'Encoder', 'to_half', 'half_bytes', 'read_half', 'error_weights',
-           'encode', 'decode']
+           'emphasis', 'encode', 'decode']
 
 # %% ../nbs/02_blocks.ipynb #blocks-import-logging
 import logging
@@ -95,13 +95,13 @@ def _compiled(function, *key):
     "A stage compiled for one set of shapes. torch keeps a handful of compilations per code object, so each set gets one of its own."
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     code = function.__code__.replace(co_name=f"{function.__name__}_{len(key)}")
-    return torch.compile(types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__), dynamic=False, fullgraph=True)
+    return torch.compile(types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__), dynamic=False, fullgraph=True, options={"cpp.dynamic_threads": True})
 
 def stage(function):
     "Decorator: run compiled inside `compiling(True)`, as it stands elsewhere."
     @wraps(function)
     def run(*args):
-        if not getattr(_mode, "compiled", False) or _refused: return function(*args)
+        if torch.compiler.is_compiling() or not getattr(_mode, "compiled", False) or _refused: return function(*args)
         try: return _compiled(function, *map(_key, args))(*args)
         except Exception as error: # a broken toolchain shows itself in many ways; the plain function is always right
             _refused.append(error)
@@ -163,6 +163,8 @@ class Encoder:
     pack: Callable       # fields, codes (..., groups, elements, blocks) -> bytes (..., block bytes, blocks) uint8
     unpack: Callable     # the way back
     largest: float       # no weight beyond this can be written
+    damping: float | None = 4.0 # how `emphasis` counts large weights; None: importance alone
+    short: bool = False  # so little work that it is compiled as one stage
 
     def codes(self, x: torch.Tensor, fields: Fields) -> torch.Tensor: # float32, shape of x
         "The nearest code of each weight under given scales."
@@ -174,14 +176,19 @@ class Encoder:
         value = step.unsqueeze(-2) * self.levels.value(codes)
         return value if offset is None else value - offset.unsqueeze(-2)
 
-    def encode(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor: # (..., block bytes, blocks) uint8
+    def encode(self, x: torch.Tensor, importance: torch.Tensor) -> torch.Tensor: # (..., block bytes, blocks) uint8
         "Bytes of blocks: search the scales, pick the codes, pack both."
-        fields = self.search(x, w)
-        return _finish(x, fields, self)
+        return _encode_short(x, importance, self) if self.short else _encode(x, importance, self)
 
 @stage
 def _finish(x, fields, encoder):
     return encoder.pack(fields, encoder.codes(x, fields))
+
+def _encode(x, importance, encoder):
+    w = importance if encoder.damping is None else emphasis(x, importance, encoder.damping)
+    return _finish(x, encoder.search(x, w), encoder)
+
+_encode_short = stage(_encode)
 
 ENCODERS: dict[str, Encoder] = {}
 
@@ -208,6 +215,16 @@ def error_weights(importance: torch.Tensor, # (columns,): what a squared error i
     "The same per block, about 1 in the mean and nowhere 0: only ratios within a block matter, and a block without importance counts all alike."
     blocks = (importance / importance.max().clamp(min=1e-30)).view(-1, size)
     return ratio(blocks, blocks.mean(-1, keepdim=True)) + 1e-6
+
+# %% ../nbs/02_blocks.ipynb #blocks-emphasis
+@stage
+def emphasis(x: torch.Tensor,          # (..., groups, elements, blocks)
+             importance: torch.Tensor, # same shape
+             damping: float            # the larger, the less a weight's own magnitude counts
+             ) -> torch.Tensor:
+    "What a squared error counts: importance times sqrt(damping * mean square of the block + square of the weight)."
+    square = x * x
+    return importance * (square + damping * square.mean((-3, -2), keepdim=True)).sqrt_()
 
 # %% ../nbs/02_blocks.ipynb #blocks-wants-compile
 CHUNK = {"eager": 1 << 16, "compiled": 1 << 18, "gpu": 1 << 22} # weights at a time
@@ -237,8 +254,8 @@ def _shape(encoder, x, compiled):
     "Tiles and lanes of a chunk: as much as suits the device, no more than there is."
     size = encoder.groups * encoder.elements
     if x.device.type != "cpu": lanes, limit = 256, CHUNK["gpu"]
-    elif compiled: lanes, limit = LANES, CHUNK["compiled"]
-    else: return 1, max(1, min(CHUNK["eager"] * torch.get_num_threads(), x.numel()) // size)
+    elif compiled: lanes, limit = LANES, CHUNK["compiled"] * min(8, torch.get_num_threads())
+    else: return 1, max(1, min(CHUNK["eager"] * min(8, torch.get_num_threads()), x.numel()) // size)
     return limit // size // lanes, lanes
 
 @torch.no_grad()

@@ -95,4 +95,5 @@ _SEARCHES = {
 for _name, (_levels, _bits, _names, _search) in _SEARCHES.items():
     _zero = 0 if _bits == 8 else _levels.lo
     ENCODERS[_name] = Encoder(1, 32, _levels, partial(_search, levels=_levels), steps, partial(_pack, zero=_zero, bits=_bits),
-                              partial(_unpack, zero=_zero, bits=_bits, names=_names), 65504.0 * max(_levels.high, -_levels.low))
+                              partial(_unpack, zero=_zero, bits=_bits, names=_names), 65504.0 * max(_levels.high, -_levels.low),
+                              damping=None if _bits == 8 else 4.0, short=_bits == 8)

@@ -17,8 +17,8 @@ def pick(score: torch.Tensor,   # (..., candidates, blocks), the least wins
          *values: torch.Tensor  # same shape
          ) -> list:             # each (..., blocks): least score, values
     "The score and the values of the best candidate."
-    least, order = score.amin(-2, keepdim=True), torch.arange(score.shape[-2], device=score.device).unsqueeze(-1)
-    chosen = order == torch.where(score == least, order, score.shape[-2]).amin(-2, keepdim=True) # the first of equals
+    least, order = score.amin(-2, keepdim=True), torch.arange(float(score.shape[-2]), device=score.device).unsqueeze(-1)
+    chosen = order == torch.where(score == least, order, float(score.shape[-2])).amin(-2, keepdim=True) # the first of equals
     return [least.squeeze(-2), *(torch.where(chosen, v, 0.0).sum(-2) for v in values)]
 
 def keep(better: torch.Tensor, new: tuple, old: tuple) -> tuple: # tensors shaped as `better`, or with a dimension of groups more
@@ -121,7 +121,7 @@ def super_scale(s: torch.Tensor,    # (..., groups, blocks): scales wanted
     k = torch.cat([k, k], -3)
     r = d.unsqueeze(-2) * k - s
     error = ((h if above is None else torch.where(r > 0, above.unsqueeze(-3), h)) * r * r).sum(-2)
-    order = torch.arange(d.shape[-2], device=s.device).unsqueeze(-1)
+    order = torch.arange(float(d.shape[-2]), device=s.device).unsqueeze(-1)
     least, d, index = pick(error, d, order.expand_as(d))
     return d, torch.where((order == index.unsqueeze(-2)).unsqueeze(-2), k, 0.0).sum(-3)
 
