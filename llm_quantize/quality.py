@@ -78,7 +78,7 @@ def statistics(scores: TokenScores # of one quantized model
             "rms_delta_p": rms, "rms_delta_p_se": 0.5 * squared_se / rms if rms else 0.0, "tokens": len(same)}
 
 # %% ../nbs/40_quality.ipynb #quality-hidden
-_BLOCK = {"cpu": 2 ** 22, "cuda": 2 ** 26} # logits computed at a time: 16 MB, 256 MB
+_BLOCK = {"cpu": 2 ** 22, "cuda": 2 ** 24} # logits computed at a time: 16 MB, 64 MB
 
 def _hidden(model, ids: torch.Tensor) -> torch.Tensor: # (windows, size) -> (windows x (size // 2 - 1), hidden)
     "Hidden states of the scored places: the second half, without the last, which nothing follows."
