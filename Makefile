@@ -23,8 +23,11 @@ export PATH := $(BIN):$(PATH)
 .PHONY: first test docs check clean
 .DELETE_ON_ERROR:
 
-first: $(FILES)
-	cd first && llm-quantize quality compare sample-4m $(notdir $(FILES)) --calibration-samples $(WINDOWS)
+first: first/comparison.txt
+	@cat first/comparison.txt
+
+first/comparison.txt: $(FILES)
+	cd first && llm-quantize quality compare sample-4m $(notdir $(FILES)) --calibration-samples $(WINDOWS) > comparison.txt
 
 first/sample-4m: | $(VENV)/.installed
 	mkdir -p first
