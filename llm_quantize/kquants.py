@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from .blocks import ENCODERS, Encoder, Fields, Levels, half_bytes, read_half
+from .blocks import ENCODERS, Encoder, Fields, Levels, digits, half_bytes, read_half
 from .scales import affine_search, steps, symmetric_search
 
 # %% ../nbs/05_kquants.ipynb #kquants-bytes
@@ -20,16 +20,20 @@ def _bytes(*parts):
     return torch.cat([p.to(torch.uint8) for p in parts], -2)
 
 def _runs(codes, *shape):
-    "Codes (..., groups, elements, blocks) as integers (..., *shape, blocks)."
-    return codes.to(torch.int32).flatten(-3, -2).unflatten(-2, shape)
+    "Codes (..., groups, elements, blocks) in runs (..., *shape, blocks)."
+    return codes.flatten(-3, -2).unflatten(-2, shape)
+
+def _bits(codes, base):
+    "Codes as low part and the bits above it."
+    high = (codes * (1 / base)).floor()
+    return codes - base * high, high
 
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q2
 def pack_q2(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 84, blocks)
     "scales[16] qs[64] d dmin"
     q = _runs(codes, 2, 4, 32)
     scales = fields["scales"].int() | fields["mins"].int() << 4
-    qs = q[..., 0, :, :] | q[..., 1, :, :] << 2 | q[..., 2, :, :] << 4 | q[..., 3, :, :] << 6
-    return _bytes(scales, qs.flatten(-3, -2), half_bytes(fields["d"]), half_bytes(fields["dmin"]))
+    return _bytes(scales, digits(q, 4).flatten(-3, -2), half_bytes(fields["d"]), half_bytes(fields["dmin"]))
 
 def unpack_q2(data: torch.Tensor) -> tuple: # fields, codes
     "The way back."
@@ -42,14 +46,12 @@ def unpack_q2(data: torch.Tensor) -> tuple: # fields, codes
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q3
 def pack_q3(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 110, blocks)
     "hmask[32] qs[64] scales[12] d"
-    code = codes.to(torch.int32) + 4
-    q, high = _runs(code & 3, 2, 4, 32), _runs(code >> 2, 8, 32)
-    qs = q[..., 0, :, :] | q[..., 1, :, :] << 2 | q[..., 2, :, :] << 4 | q[..., 3, :, :] << 6
-    hmask = sum(high[..., j, :, :] << j for j in range(8))
+    low, high = _bits(codes + 4, 4)
+    qs, hmask = digits(_runs(low, 2, 4, 32), 4), digits(_runs(high, 8, 32), 2)
     s = fields["scales"].int() + 32
-    low = s[..., :8, :] & 15 | (s[..., 8:, :] & 15) << 4
+    nibbles = s[..., :8, :] & 15 | (s[..., 8:, :] & 15) << 4
     top = sum(s[..., 4 * j:4 * j + 4, :] >> 4 << 2 * j for j in range(4))
-    return _bytes(hmask, qs.flatten(-3, -2), low, top, half_bytes(fields["d"]))
+    return _bytes(hmask, qs.flatten(-3, -2), nibbles, top, half_bytes(fields["d"]))
 
 def unpack_q3(data: torch.Tensor) -> tuple: # fields, codes
     "The way back."
@@ -78,8 +80,7 @@ def unpack_scales(data: torch.Tensor) -> tuple: # scales and mins, each (..., 8,
 
 def pack_q4(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 144, blocks)
     "d dmin scales[12] qs[128]"
-    q = _runs(codes, 4, 2, 32)
-    qs = q[..., 0, :, :] | q[..., 1, :, :] << 4
+    qs = digits(_runs(codes, 4, 2, 32), 16)
     return _bytes(half_bytes(fields["d"]), half_bytes(fields["dmin"]), pack_scales(fields), qs.flatten(-3, -2))
 
 def unpack_q4(data: torch.Tensor) -> tuple: # fields, codes
@@ -91,10 +92,8 @@ def unpack_q4(data: torch.Tensor) -> tuple: # fields, codes
 
 def pack_q5(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 176, blocks)
     "d dmin scales[12] qh[32] qs[128]"
-    code = codes.to(torch.int32)
-    q, high = _runs(code & 15, 4, 2, 32), code >> 4
-    qh = sum(high[..., j, :, :] << j for j in range(8))
-    qs = q[..., 0, :, :] | q[..., 1, :, :] << 4
+    low, high = _bits(codes, 16)
+    qs, qh = digits(_runs(low, 4, 2, 32), 16), digits(high, 2)
     return _bytes(half_bytes(fields["d"]), half_bytes(fields["dmin"]), pack_scales(fields), qh, qs.flatten(-3, -2))
 
 def unpack_q5(data: torch.Tensor) -> tuple: # fields, codes
@@ -106,10 +105,8 @@ def unpack_q5(data: torch.Tensor) -> tuple: # fields, codes
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q6
 def pack_q6(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 210, blocks)
     "ql[128] qh[64] scales[16] d"
-    code = codes.to(torch.int32) + 32
-    low, high = _runs(code & 15, 2, 2, 64), _runs(code >> 4, 2, 4, 32)
-    ql = low[..., 0, :, :] | low[..., 1, :, :] << 4
-    qh = high[..., 0, :, :] | high[..., 1, :, :] << 2 | high[..., 2, :, :] << 4 | high[..., 3, :, :] << 6
+    low, high = _bits(codes + 32, 16)
+    ql, qh = digits(_runs(low, 2, 2, 64), 16), digits(_runs(high, 2, 4, 32), 4)
     return _bytes(ql.flatten(-3, -2), qh.flatten(-3, -2), fields["scales"].int() & 255, half_bytes(fields["d"]))
 
 def unpack_q6(data: torch.Tensor) -> tuple: # fields, codes
@@ -133,11 +130,11 @@ _SEARCHES = {
     "Q2_K": partial(affine_search, levels=Levels(0, 3), limits=(0, 15), starts=_grid((0.7, 0.82, 0.93, 1.05, 1.17, 1.28, 1.4), (0.25, 0.0, -0.25, -0.5)),
                     super_ends=(15, 14.5, 14, 13.5, 13, 12.5, 11.5, 10.5, 9, 7), moves=_NEIGHBOURS, rounds=3),
     "Q3_K": partial(symmetric_search, levels=Levels(-4, 3), limits=(-32, 31),
-                    ends=(-5.5, -5.0, -4.6, -4.3, -4.0, -3.7, -3.4, -3.1, -2.8, 4.6, 4.2, 3.8, 3.5, 3.2, 2.9, 2.6),
-                    super_ends=(-32, -31, -30, -29, 31, 30), moves=((0,), (-1,), (1,)), rounds=3),
+                    ends=(-4.8, -4.3, -3.8, -3.4, -3.0, 4.4, 3.8, 3.2, 2.7), heavy=(-4, -3, -2, 3, 2, 1),
+                    super_ends=(-32, -31, 31), moves=((0,), (-1,), (1,)), rounds=2),
     "Q4_K": partial(affine_search, levels=Levels(0, 15), **_SIX_BITS),
     "Q5_K": partial(affine_search, levels=Levels(0, 31), **_SIX_BITS),
-    "Q6_K": partial(symmetric_search, levels=Levels(-32, 31), limits=(-128, 127), ends=(-33.2, -32.8, -32.4, -32.0, -31.6, -31.2, -30.8, 31.0, 31.5),
+    "Q6_K": partial(symmetric_search, levels=Levels(-32, 31), limits=(-128, 127), ends=(-33.2, -32.8, -32.4, -32.0, -31.6, -31.2, -30.8, 31.0, 31.5), heavy=(-32, -28, -24, 31, 27, 23),
                     super_ends=(-128, -127, -126, 127), moves=((0,), (-1,), (1,)), rounds=2),
 }
 _LAYOUTS = {
