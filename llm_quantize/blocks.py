@@ -15,6 +15,7 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -252,7 +253,7 @@ _encode_short = stage(_encode)
 ENCODERS: dict[str, Encoder] = {}
 
 # %% ../nbs/02_blocks.ipynb #blocks-wants-compile
-CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22} # weights at a time, on a CPU for each of at most 8 threads
+CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22} # weights at a time; on a CPU for each of at most 8 threads
 LANES = 64                # blocks side by side in a compiled tile
 COMPILE_FROM = 100_000_000 # weights of one type after which compiling pays for itself
 _seen = Counter()
@@ -277,44 +278,65 @@ def _slabs(x):
 
 def _shape(size, x, compiled):
     "Tiles and lanes of a chunk: as much as suits the device; eager mode takes no more than there is, in one tile."
-    limit = CHUNK["gpu"] if x.device.type != "cpu" else CHUNK["cpu"] * min(8, torch.get_num_threads())
+    limit = CHUNK["gpu"] if x.device.type != "cpu" else CHUNK["cpu"] * (min(8, torch.get_num_threads()) if compiled else 1)
     lanes = LANES if compiled else max(1, min(limit, x.numel()) // size)
     return max(1, limit // size // lanes) if compiled else 1, lanes
 
 # %% ../nbs/02_blocks.ipynb #blocks-columns
 class _Columns:
     "The importance of the columns of consecutive blocks, laid out like the blocks; kept as long as the next chunk begins at the same column."
-    def __init__(self, importance, size): self.blocks, self.first, self.laid = error_weights(importance, size), None, None
+    def __init__(self, importance, size): self.blocks, self.kept = error_weights(importance, size), (None, None)
 
     def at(self, first, tiles, lanes, lay):
-        if first % len(self.blocks) != self.first:
-            self.first = first % len(self.blocks)
-            index = (torch.arange(tiles * lanes, device=self.blocks.device) + self.first) % len(self.blocks)
-            self.laid = _tiles(self.blocks[index], tiles, lanes, lay)
-        return self.laid
+        first, (kept, laid) = first % len(self.blocks), self.kept
+        if first != kept:
+            index = (torch.arange(tiles * lanes, device=self.blocks.device) + first) % len(self.blocks)
+            laid = _tiles(self.blocks[index], tiles, lanes, lay)
+            self.kept = first, laid
+        return laid
+
+@contextmanager
+def _workers(threads):
+    "A `map` over chunks: one thread per chunk serves many small operations better than many threads per operation."
+    if threads == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield pool.map
+    torch.set_num_threads(threads)
 
 @torch.no_grad()
+def _encode_chunk(encoder, blocks, first, columns, tiles, lanes, compiled):
+    "Bytes of blocks in rows, (blocks, block bytes), and whether all weights are finite."
+    shape, lay = (tiles, encoder.groups, encoder.elements, lanes), not encoder.short
+    chunk = _tiles(blocks.float(), tiles, lanes, lay)
+    low, high = chunk.aminmax()
+    sound = torch.isfinite(high - low)
+    if chunk.device.type != "cpu": chunk = torch.nan_to_num(chunk).clamp_(-encoder.largest, encoder.largest) # asking a GPU for `sound` now would stall it
+    elif not sound: return None, sound
+    elif max(high, -low) > encoder.largest: chunk = chunk.clamp(-encoder.largest, encoder.largest)
+    with compiling(compiled): data = encoder.encode(chunk.view(shape), columns.at(first, tiles, lanes, lay).view(shape))
+    return data.transpose(1, 2).reshape(tiles * lanes, -1)[:len(blocks)], sound
+
 def encode(name: str,                              # a type in ENCODERS
            x: torch.Tensor,                        # (rows, columns), any float dtype
            importance: torch.Tensor | None = None, # (columns,) float32, on x's device
            compile: bool | None = None) -> torch.Tensor: # (rows, row bytes) uint8
     "Bytes of rows of weights, chunk by chunk."
-    encoder, qtype, row_bytes = ENCODERS[name], QTYPES[name], QTYPES[name].row_bytes(x.shape[1])
+    x, encoder, qtype, row_bytes = x.detach(), ENCODERS[name], QTYPES[name], QTYPES[name].row_bytes(x.shape[1])
     compiled = _wants_compile(name, x, compile)
     tiles, lanes = _shape(qtype.block_size, x, compiled)
-    shape, lay = (tiles, encoder.groups, encoder.elements, lanes), not encoder.short
     columns = _Columns(torch.ones(x.shape[1], device=x.device) if importance is None else importance, qtype.block_size)
     out = torch.empty(x.shape[0] * row_bytes // qtype.block_bytes, qtype.block_bytes, dtype=torch.uint8, device=x.device)
-    done, sound = 0, []
-    for slab in _slabs(x):
-        for blocks in slab.view(-1, qtype.block_size).split(tiles * lanes):
-            chunk = _tiles(blocks.float(), tiles, lanes, lay)
-            low, high = chunk.aminmax()
-            sound.append(torch.isfinite(high - low))
-            if x.device.type != "cpu" or max(high, -low) > encoder.largest: chunk = chunk.clamp(-encoder.largest, encoder.largest)
-            with compiling(compiled): data = encoder.encode(chunk.view(shape), columns.at(done, tiles, lanes, lay).view(shape))
-            out[done:done + len(blocks)] = data.transpose(1, 2).reshape(tiles * lanes, -1)[:len(blocks)]
-            done += len(blocks)
+    done, sound, count = 0, [], tiles * lanes
+    threads = 1 if compiled or x.device.type != "cpu" or len(out) <= count else min(8, torch.get_num_threads())
+    with _workers(threads) as run:
+        for slab in _slabs(x):
+            chunks = slab.view(-1, qtype.block_size).split(count)
+            def one(k): return _encode_chunk(encoder, chunks[k], done + k * count, columns, tiles, lanes, compiled)
+            for k, (data, good) in enumerate(run(one, range(len(chunks)))):
+                sound.append(good)
+                if data is not None: out[done + k * count:done + k * count + len(data)] = data
+            done += slab.numel() // qtype.block_size
     if sound and not torch.stack(sound).all():
         raise ValidationError("the weights hold NaN or infinite values", "check the checkpoint: it may be damaged or its training diverged")
     return out.view(x.shape[0], row_bytes)
@@ -331,4 +353,4 @@ def decode(name: str,           # a type in ENCODERS
     count = CHUNK["cpu" if data.device.type == "cpu" else "gpu"] // size
     for part, rows in zip(blocks.split(count), out.split(count)):
         rows.copy_(encoder.weights(*encoder.unpack(part.t().contiguous())).flatten(-3, -2).t())
-    return out.view(data.shape[0], -1)
+    return out.view(data.shape[0], data.shape[1] // block_bytes * size)

@@ -20,12 +20,14 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def _float_bytes(x, dtype):
     "Rows of plain numbers as bytes."
     y = x.to(dtype).contiguous()
-    if not torch.isfinite(x).all(): raise ValidationError("the weights hold NaN or infinite values", "check the checkpoint: it may be damaged or its training diverged")
+    if not torch.isfinite(x).all():
+        raise ValidationError("the weights hold NaN or infinite values", "check the checkpoint: it may be damaged or its training diverged")
     if not torch.isfinite(y).all(): raise ValidationError(f"weights up to {x.abs().max().item():.3g} do not fit f16", "use BF16 or F32 for this tensor")
     return y.view(torch.uint8)
 
+# %% ../nbs/08_codec.ipynb #codec-check
 def _check(x, importance, type):
-    "Refuse what cannot be encoded, before any work."
+    "Refuse what cannot be encoded."
     if x.dim() != 2 or not x.is_floating_point():
         raise ArgumentError(f"quantize wants rows of weights, a 2-D float tensor, not {tuple(x.shape)} of {x.dtype}", "reshape it to (rows, columns)")
     type.row_bytes(x.shape[1])
