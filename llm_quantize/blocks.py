@@ -15,7 +15,6 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -58,13 +57,21 @@ class Levels:
 
     def round(self, v: torch.Tensor) -> torch.Tensor: # float32, shape of v
         "The value nearest to `v`: `value(nearest(v))` in one go."
-        if not self.table: return v.round().clamp_(self.lo, self.hi)
-        if not torch.compiler.is_compiling(): # halfway points are multiples of 1/2, so twice v, rounded down, decides
-            low, nearest_to = _halves(self.table, v.device)
-            return nearest_to[((2 * v).floor_() - low).clamp_(0, len(nearest_to) - 1).int()]
+        if not self.table: return v.round().clamp(self.lo, self.hi)
         value = torch.full_like(v, float(self.table[0]))
-        for a, b in zip(self.table, self.table[1:]): value += (v > (a + b) / 2) * float(b - a)
+        for a, b in zip(self.table, self.table[1:]): value = value + (v > (a + b) / 2) * float(b - a)
         return value
+
+    def scratch(self, v: torch.Tensor) -> "torch.Tensor | None": # shape of v
+        "What `round_` needs to work in."
+        return torch.empty_like(v, dtype=torch.int64) if self.table else None
+
+    def round_(self, v: torch.Tensor, scratch: "torch.Tensor | None") -> torch.Tensor: # v itself
+        "`round` in place."
+        if not self.table: return v.round_().clamp_(self.lo, self.hi)
+        low, nearest_to = _halves(self.table, v.device) # halfway points are multiples of 1/2, so twice v, rounded down, decides
+        scratch.copy_(v.mul_(2).floor_().sub_(low).clamp_(0, len(nearest_to) - 1))
+        return torch.take(nearest_to, scratch, out=v)
 
 @lru_cache(None)
 def _halves(table, device):
@@ -150,23 +157,41 @@ def emphasis(x: torch.Tensor,          # (..., groups, elements, blocks)
     square = x * x
     return importance * (ratio(square, square.mean((-3, -2), keepdim=True)) + damping).sqrt_()
 
-# %% ../nbs/02_blocks.ipynb #blocks-each
-def _each(function, x, w, step, inverse, offset, levels):
-    "All candidates at once where the compiler fuses the loops, one by one where each would be a tensor in memory."
-    if torch.compiler.is_compiling() or step.shape[-2] == 1: return function(x, w, step, inverse, offset, levels)
-    parts = [function(x, w, *(None if a is None else a[..., k:k + 1, :] for a in (step, inverse, offset)), levels) for k in range(step.shape[-2])]
-    return tuple(torch.cat(p, -2) for p in zip(*parts))
-
+# %% ../nbs/02_blocks.ipynb #blocks-sums
 def _sums(x, w, step, inverse, offset, levels):
+    "All candidates as one expression, for the compiler."
     x, w = x.unsqueeze(-3), w.unsqueeze(-3)
     q = levels.round((x if offset is None else x + offset.unsqueeze(-2)) * inverse.unsqueeze(-2))
     wq = w * q
-    return (wq.sum(-2) if offset is not None else step), q.mul_(wq).sum(-2), wq.mul_(x).sum(-2)
+    return (wq.sum(-2) if offset is not None else step), (wq * q).sum(-2), (wq * x).sum(-2)
 
 def _errors(x, w, step, inverse, offset, levels):
     v = x.unsqueeze(-3) if offset is None else x.unsqueeze(-3) + offset.unsqueeze(-2)
-    r = levels.round(v * inverse.unsqueeze(-2)).mul_(step.unsqueeze(-2)).sub_(v)
-    return (r.mul_(r).mul_(w.unsqueeze(-3)).sum(-2),)
+    r = levels.round(v * inverse.unsqueeze(-2)) * step.unsqueeze(-2) - v
+    return (r * r * w.unsqueeze(-3)).sum(-2)
+
+def _candidates(x, step, *others):
+    "For each candidate: its tensors (..., 1, blocks), and where in the results (..., candidates, blocks) its sums belong."
+    for k in range(step.shape[-2]): yield k, *(None if a is None else a[..., k:k + 1, :] for a in (step, *others))
+
+def _sums_in_turn(x, w, step, inverse, offset, levels):
+    "The same one by one."
+    q, wq, scratch, sums = torch.empty_like(x), torch.empty_like(x), levels.scratch(x), [torch.empty_like(step) for _ in range(3)]
+    for k, _, inv, off in _candidates(x, step, inverse, offset):
+        levels.round_(torch.mul(x, inv, out=q) if off is None else torch.add(x, off, out=q).mul_(inv), scratch)
+        torch.mul(w, q, out=wq)
+        if off is not None: sums[0][..., k, :] = wq.sum(-2)
+        sums[1][..., k, :] = q.mul_(wq).sum(-2)
+        sums[2][..., k, :] = wq.mul_(x).sum(-2)
+    return sums if offset is not None else (step, *sums[1:])
+
+def _errors_in_turn(x, w, step, inverse, offset, levels):
+    q, v, scratch, errors = torch.empty_like(x), x if offset is None else torch.empty_like(x), levels.scratch(x), torch.empty_like(step)
+    for k, s, inv, off in _candidates(x, step, inverse, offset):
+        if off is not None: torch.add(x, off, out=v)
+        r = levels.round_(torch.mul(v, inv, out=q), scratch).mul_(s).sub_(v)
+        errors[..., k, :] = r.mul_(r).mul_(w).sum(-2)
+    return errors
 
 def fit_sums(x: torch.Tensor,             # (..., elements, blocks)
              w: torch.Tensor,             # same shape: what a squared error counts
@@ -175,13 +200,13 @@ def fit_sums(x: torch.Tensor,             # (..., elements, blocks)
              offset: "torch.Tensor | None", # (..., candidates, blocks)
              levels: Levels) -> tuple:    # sums of w q (with an offset only), w q q and w q x, each (..., candidates, blocks)
     "For each candidate: pick the level q of every weight, and sum what a least-squares fit to those levels needs."
-    return _each(_sums, x, w, step, inverse, offset, levels)
+    return (_sums if torch.compiler.is_compiling() else _sums_in_turn)(x, w, step, inverse, offset, levels)
 
 def fit_errors(x: torch.Tensor, w: torch.Tensor,                   # as in `fit_sums`
                step: torch.Tensor, inverse: torch.Tensor, offset: "torch.Tensor | None", levels: Levels
                ) -> torch.Tensor:                                  # (..., candidates, blocks)
     "For each candidate: the weighted squared error of the group when every weight takes its nearest level."
-    return _each(_errors, x, w, step, inverse, offset, levels)[0]
+    return (_errors if torch.compiler.is_compiling() else _errors_in_turn)(x, w, step, inverse, offset, levels)
 
 # %% ../nbs/02_blocks.ipynb #blocks-to-half
 def to_half(x: torch.Tensor) -> torch.Tensor: # float32 that f16 holds exactly
@@ -244,8 +269,7 @@ def _finish(x, fields, encoder):
 
 def _encode(x, importance, encoder):
     w = importance if encoder.damping is None else emphasis(x, importance, encoder.damping)
-    data = _finish(x, encoder.search(x, w), encoder)
-    return data.transpose(-1, -2).contiguous().transpose(-1, -2) if encoder.short else data
+    return _finish(x, encoder.search(x, w), encoder)
 
 _encode_short = stage(_encode)
 
@@ -253,7 +277,7 @@ _encode_short = stage(_encode)
 ENCODERS: dict[str, Encoder] = {}
 
 # %% ../nbs/02_blocks.ipynb #blocks-wants-compile
-CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22} # weights at a time; on a CPU for each of at most 8 threads
+CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22} # weights at a time; on a CPU, for each of at most 8 threads
 LANES = 64                # blocks side by side in a compiled tile
 COMPILE_FROM = 100_000_000 # weights of one type after which compiling pays for itself
 _seen = Counter()
@@ -278,7 +302,7 @@ def _slabs(x):
 
 def _shape(size, x, compiled):
     "Tiles and lanes of a chunk: as much as suits the device; eager mode takes no more than there is, in one tile."
-    limit = CHUNK["gpu"] if x.device.type != "cpu" else CHUNK["cpu"] * (min(8, torch.get_num_threads()) if compiled else 1)
+    limit = CHUNK["gpu"] if x.device.type != "cpu" else CHUNK["cpu"] * min(8, torch.get_num_threads())
     lanes = LANES if compiled else max(1, min(limit, x.numel()) // size)
     return max(1, limit // size // lanes) if compiled else 1, lanes
 
@@ -295,21 +319,12 @@ class _Columns:
             self.kept = first, laid
         return laid
 
-@contextmanager
-def _workers(threads):
-    "A `map` over chunks: one thread per chunk serves many small operations better than many threads per operation."
-    if threads == 1:
-        yield map
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield pool.map
-    torch.set_num_threads(threads)
-
 @torch.no_grad()
 def _encode_chunk(encoder, blocks, first, columns, tiles, lanes, compiled):
     "Bytes of blocks in rows, (blocks, block bytes), and whether all weights are finite."
     shape, lay = (tiles, encoder.groups, encoder.elements, lanes), not encoder.short
     chunk = _tiles(blocks.float(), tiles, lanes, lay)
-    low, high = chunk.aminmax()
+    low, high = blocks.aminmax()
     sound = torch.isfinite(high - low)
     if chunk.device.type != "cpu": chunk = torch.nan_to_num(chunk).clamp_(-encoder.largest, encoder.largest) # asking a GPU for `sound` now would stall it
     elif not sound: return None, sound
@@ -327,16 +342,13 @@ def encode(name: str,                              # a type in ENCODERS
     tiles, lanes = _shape(qtype.block_size, x, compiled)
     columns = _Columns(torch.ones(x.shape[1], device=x.device) if importance is None else importance, qtype.block_size)
     out = torch.empty(x.shape[0] * row_bytes // qtype.block_bytes, qtype.block_bytes, dtype=torch.uint8, device=x.device)
-    done, sound, count = 0, [], tiles * lanes
-    threads = 1 if compiled or x.device.type != "cpu" or len(out) <= count else min(8, torch.get_num_threads())
-    with _workers(threads) as run:
-        for slab in _slabs(x):
-            chunks = slab.view(-1, qtype.block_size).split(count)
-            def one(k): return _encode_chunk(encoder, chunks[k], done + k * count, columns, tiles, lanes, compiled)
-            for k, (data, good) in enumerate(run(one, range(len(chunks)))):
-                sound.append(good)
-                if data is not None: out[done + k * count:done + k * count + len(data)] = data
-            done += slab.numel() // qtype.block_size
+    done, sound = 0, []
+    for slab in _slabs(x):
+        for chunk in slab.view(-1, qtype.block_size).split(tiles * lanes):
+            data, good = _encode_chunk(encoder, chunk, done, columns, tiles, lanes, compiled)
+            sound.append(good)
+            if data is not None: out[done:done + len(data)] = data
+            done += len(chunk)
     if sound and not torch.stack(sound).all():
         raise ValidationError("the weights hold NaN or infinite values", "check the checkpoint: it may be damaged or its training diverged")
     return out.view(x.shape[0], row_bytes)

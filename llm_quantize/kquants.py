@@ -129,14 +129,14 @@ _STRETCHES = (0.7, 0.85, 0.9, 0.94, 0.98, 1.02, 1.06, 1.1, 1.15)
 _SIX_BITS = dict(limits=(0, 63), super_ends=(63, 62.5, 62, 61.5, 61, 60.5, 58, 55, 51, 46, 40, 32), moves=_NEIGHBOURS, rounds=3)
 
 _SEARCHES = {
-    "Q2_K": partial(affine_search, levels=Levels(0, 3), limits=(0, 15), starts=_grid((0.7, 0.82, 0.93, 1.05, 1.17, 1.28, 1.4), (0.25, 0.0, -0.25, -0.5)),
+    "Q2_K": partial(affine_search, levels=Levels(0, 3), limits=(0, 15), starts=_grid((0.75, 0.9, 1.05, 1.2, 1.35), (0.25, 0.0, -0.25, -0.5)),
                     super_ends=(15, 14.5, 14, 13.5, 13, 12.5, 11.5, 10.5, 9, 7), moves=_NEIGHBOURS, rounds=3),
     "Q3_K": partial(symmetric_search, levels=Levels(-4, 3), limits=(-32, 31),
-                    ends=(-4.8, -4.3, -3.8, -3.4, -3.0, 4.4, 3.8, 3.2, 2.7), heavy=(-4, -3, -2, 3, 2, 1),
+                    ends=(-4.7, -4.1, -3.6, -3.1, 4.2, 3.5, 2.8), heavy=(-4, -3, -2, 3, 2),
                     super_ends=(-32, -31, 31), moves=((0,), (-1,), (1,)), rounds=2),
     "Q4_K": partial(affine_search, levels=Levels(0, 15), starts=_grid(_STRETCHES, (0.15, -0.33, -1.0)), **_SIX_BITS),
     "Q5_K": partial(affine_search, levels=Levels(0, 31), starts=_grid(_STRETCHES, (0.2, -0.15, -0.5)), **_SIX_BITS),
-    "Q6_K": partial(symmetric_search, levels=Levels(-32, 31), limits=(-128, 127), ends=(-33.2, -32.8, -32.4, -32.0, -31.6, -31.2, -30.8, 31.0, 31.5), heavy=(-32, -28, -24, 31, 27, 23),
+    "Q6_K": partial(symmetric_search, levels=Levels(-32, 31), limits=(-128, 127), ends=(-33.0, -32.5, -32.0, -31.5, -31.0, 31.2), heavy=(-32, -28, 31, 27),
                     super_ends=(-128, -127, -126, 127), moves=((0,), (-1,), (1,)), rounds=2),
 }
 _LAYOUTS = {

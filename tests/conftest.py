@@ -1,7 +1,11 @@
 "Fixtures that several test files need."
+import os
 from pathlib import Path
 
-import pytest
+# Tests that run side by side share the processor: before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
+
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

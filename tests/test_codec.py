@@ -99,7 +99,7 @@ def test_the_comparison_can_fail(reference, name):
 def test_error_on_the_sample_model(reference, name, sample_model):
     for k, (_, x) in enumerate(sorted(load_file(sample_model / "model.safetensors").items())):
         if x.dim() != 2 or k % 3: continue
-        x = x[:512].float()
+        x = x[:128].float()
         for sigma in (0.0, 1.0):
             importance = drawn_importance(x.shape[1], sigma, k)
             ours, theirs = quantize(x, name, importance), reference(x, name, importance)
@@ -112,12 +112,11 @@ def test_error_on_the_sample_model(reference, name, sample_model):
 def test_error_on_every_tensor_of_a_larger_model(reference, name, shared_model):
     for k, (tensor, x) in enumerate(sorted(load_file(shared_model("prose-46m") / "model.safetensors").items())):
         if x.dim() != 2: continue
-        x = x[:256].float().contiguous()
-        for sigma in (0.0, 1.0):
-            importance = drawn_importance(x.shape[1], sigma, k)
-            ours, theirs = quantize(x, name, importance), reference(x, name, importance)
-            for weight in (importance, importance * own(x, name)):
-                assert error(x, ours, name, weight) <= 1.001 * error(x, theirs, name, weight), tensor
+        x = x[:128].float().contiguous()
+        importance = drawn_importance(x.shape[1], float(k % 2), k)
+        ours, theirs = quantize(x, name, importance), reference(x, name, importance)
+        for weight in (importance, importance * own(x, name)):
+            assert error(x, ours, name, weight) <= 1.001 * error(x, theirs, name, weight), tensor
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))

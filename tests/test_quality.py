@@ -311,7 +311,7 @@ def test_a_large_vocabulary_needs_little_memory():
         assert done.returncode == 0, done.stderr
         peak[way] = int(done.stdout)
     print({way: f"{n / 1e6:.0f} MB" for way, n in peak.items()})
-    assert peak["ours"] < 200e6 < 600e6 < peak["plain"]
+    assert peak["ours"] < 0.5 * peak["plain"] and peak["plain"] > 600e6
 
 
 # ---- results -----------------------------------------------------------------------------------------------
