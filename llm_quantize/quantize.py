@@ -57,6 +57,12 @@ class GGUFJob:
         return {"status": "success", "model": self.checkpoint.name, "file_size": self.file_bytes,
                 "effective_bpw": 8 * self.file_bytes / self.checkpoint.parameters} | self.plan.to_dict()
 
+_OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+
+def _harmless(name: str, tokens) -> str:
+    "llama.cpp looks these tokens up in every model that says phi-3 in its name, and cannot open one without them: then the name is spelled otherwise."
+    return name if set(tokens).issuperset(_OF_PHI3) else re.sub("(?i)phi-?3", "phi 3", name)
+
 def plan_gguf(model: "str | Path | Checkpoint",           # directory, Hub id or opened checkpoint
               quant_level: str,                           # name of a type or mix: "Q4_K_M"; any case
               *, imatrix: ImportanceMatrix | None = None, # importance matrix: some mixes depend on its presence
@@ -74,6 +80,7 @@ def plan_gguf(model: "str | Path | Checkpoint",           # directory, Hub id or
         raise ConversionError(f"{plan.mix} needs {', '.join(missing)}, and this version has no encoder for that yet", "use Q2_K, the smallest type it can write")
     metadata |= {"general.file_type": plan.ftype, "general.quantization_version": 2}
     metadata |= tokenizer_metadata(checkpoint.path, {**checkpoint.config, "vocab_size": family.vocabulary(checkpoint.config)}, pre=pre)
+    metadata["general.name"] = _harmless(metadata["general.name"], metadata.get("tokenizer.ggml.tokens", ()))
     return GGUFJob(checkpoint, plan.mix, tuple(specs[t.name] for t in plan.tensors), plan, metadata)
 
 # %% ../nbs/34_quantize.ipynb #quantize-check-finite

@@ -114,6 +114,18 @@ def test_shards_load_as_one_model(tmp_path):
     assert greedy(whole.output_path) == greedy(split.files[0])
 
 
+def test_a_name_that_says_phi_3(tmp_path):
+    "llama.cpp would look for tokens of Phi-3's vocabulary and fail to open the file."
+    folder = shutil.copytree(sample_path(), tmp_path / "Phi-3-like")
+    assert "<|endoftext|>" not in (folder / "tokenizer.json").read_text()
+    path = quantize(folder, "gguf", "Q4_0", output_dir=tmp_path).output_path
+    assert open_gguf(path).metadata["general.name"] == "phi 3-like" and greedy(path, 4)
+    shutil.copyfile(path, tmp_path / "named.gguf")
+    data = (tmp_path / "named.gguf").read_bytes()
+    (tmp_path / "named.gguf").write_bytes(data.replace(b"phi 3-like", b"phi-3-like", 1))
+    with pytest.raises((ValueError, IndexError, RuntimeError)): greedy(tmp_path / "named.gguf", 4)
+
+
 def test_experts_are_encoded_with_their_own_importance():
     torch.manual_seed(0)
     weights, importance = torch.randn(3, 4, 256), torch.rand(3, 256) + 0.01
