@@ -194,6 +194,14 @@ def test_not_a_directory(tmp_path):
     with pytest.raises(LLMQuantizeError, match="file"): quantize(sample_path(), "gguf", "Q8_0", output_dir=tmp_path / "file" / "out")
 
 
+def test_peak_memory_is_that_of_the_run_alone(tmp_path):
+    "A parent that once held much memory does not show in the figure of its child."
+    code = ("import subprocess, sys, numpy; held = numpy.ones(2 ** 27); del held; "
+            f"subprocess.run([sys.executable, '-m', 'llm_quantize.cli', '--format', 'json', 'quantize', {str(sample_path())!r}, 'gguf', '-q', 'Q8_0', '-o', {str(tmp_path)!r}], check=True)")
+    result = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 100e6 < result["peak_memory_bytes"] < 8 * 2 ** 27
+
+
 def test_the_result_displays_and_serialises(tmp_path):
     result = quantize(sample_path(), "gguf", "Q4_K_S", output_dir=tmp_path)
     assert "Q4_K" in result._repr_markdown_() and json.loads(json.dumps(result.to_dict()))["effective_bpw"] == result.effective_bpw
