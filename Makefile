@@ -36,6 +36,7 @@ first/sample-4m: | $(VENV)/.installed
 first/sample-4m-%.gguf: $(wildcard llm_quantize/*.py) | first/sample-4m
 	cd first && llm-quantize quantize sample-4m gguf -q $*
 
+test: export OMP_NUM_THREADS ?= $(shell echo $$(( ($$(nproc 2>/dev/null || echo 2) + $(JOBS) - 1) / $(JOBS) )))
 test: $(VENV)/.developed
 	nbdev_test --n_workers $(JOBS) --timing
 	python -m pytest -q -n $(JOBS) --durations 15
