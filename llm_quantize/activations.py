@@ -81,11 +81,13 @@ class _Ear:
     def inputs(self, read: "Input | None", x: torch.Tensor, expert: int = 0) -> None:
         if self.listener is not None and read is not None: self.listener.input(read, x.detach().flatten(0, -2), expert)
 
-    def outputs(self, name: str, x: torch.Tensor, y: torch.Tensor, expert: int = 0) -> None:
+    def outputs(self, names: tuple, x: torch.Tensor, y: torch.Tensor, expert: int = 0) -> None: # `y`: what the named weights made, side by side
         if self.listener is None: return
         x, listener = x.detach().flatten(0, -2), self.listener
-        if _wants(listener, "output"): listener.output(name, x, y.detach().flatten(0, -2), expert)
-        if y.requires_grad and _wants(listener, "gradient"): y.register_hook(lambda g: listener.gradient(name, x, g.flatten(0, -2), expert))
+        def tell(what, values):
+            for name, part in zip(names, values.detach().flatten(0, -2).chunk(len(names), dim=-1)): what(name, x, part, expert)
+        if _wants(listener, "output"): tell(listener.output, y)
+        if y.requires_grad and _wants(listener, "gradient"): y.register_hook(lambda g: tell(listener.gradient, g))
 
 # %% ../nbs/14_activations.ipynb #activations-product
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: "torch.Tensor | None" = None) -> torch.Tensor: # in the dtype of x
@@ -107,7 +109,7 @@ class _Linear(torch.nn.Module):
         self.ear.inputs(self.read, x)
         y = _product(x, self.weight, self.bias)
         if self.weight.dtype != x.dtype and not x.is_cuda and not torch.is_grad_enabled(): self._exact_first(x, y)
-        self.ear.outputs(self.name, x, y)
+        self.ear.outputs((self.name,), x, y)
         return y
 
     def _exact_first(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -134,11 +136,11 @@ class _Experts(torch.nn.Module):
             own = x[token]
             self.ear.inputs(self.up_read, own, expert)
             both = _product(own, self.gate_up[expert])
-            for name, half in zip(self.up_read.names, both.chunk(2, dim=-1)): self.ear.outputs(name, own, half, expert)
+            self.ear.outputs(self.up_read.names, own, both, expert)
             inner = self.gate(both)
             self.ear.inputs(self.down_read, inner, expert)
             y = _product(inner, self.down[expert])
-            self.ear.outputs(self.down_read.names[0], inner, y, expert)
+            self.ear.outputs(self.down_read.names, inner, y, expert)
             total = total.index_add(0, token, y * shares[token, place, None].to(y.dtype))
         return total
 
@@ -237,13 +239,13 @@ def _limit(text: str) -> float:
     try: return float(Path(text).read_text())
     except (OSError, ValueError): return float("inf")
 
-def _address_space() -> float: # bytes that the process may still map
+def _own_limits() -> float: # bytes that the process may still ask for
     try:
         import resource
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError, ValueError): return float("inf")
-    return float("inf") if limit == resource.RLIM_INFINITY else max(0.0, limit - used)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        limits = [(resource.getrlimit(kind)[0], status[used]) for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))]
+        return min([max(0, limit - 1024 * int(used.split()[0])) for limit, used in limits if limit != resource.RLIM_INFINITY], default=float("inf"))
+    except (ImportError, OSError, ValueError, KeyError): return float("inf")
 
 def available_memory(device: str = "cpu") -> float: # bytes; infinity where the system does not tell
     "Memory that this process can still have: the machine's, its container's, and under limits of its own."
@@ -252,7 +254,7 @@ def available_memory(device: str = "cpu") -> float: # bytes; infinity where the 
     try: free = 1024.0 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError): pass
     container = _limit("/sys/fs/cgroup/memory.max") - _limit("/sys/fs/cgroup/memory.current") if _limit("/sys/fs/cgroup/memory.max") < float("inf") else float("inf")
-    return max(0.0, min(free, container, _address_space()))
+    return max(0.0, min(free, container, _own_limits()))
 
 def _linear_dtype(tensors: list, checkpoint: Checkpoint, device: str) -> torch.dtype:
     "bfloat16 where the weights are, and where the device is fast at it; else float32."
@@ -281,6 +283,7 @@ class LayerStack:
     def __len__(self) -> int:
         return self.config.num_hidden_layers
 
+    @torch.inference_mode(False) # what is loaded must also serve gradients
     def __getitem__(self, i: int) -> Layer:
         "A layer, loaded now unless it is kept."
         if i in self._kept: return self._kept[i]
@@ -290,6 +293,7 @@ class LayerStack:
         if self.keep: self._kept[i] = layer
         return layer
 
+    @torch.inference_mode(False)
     def embedding(self, ids: torch.Tensor  # (windows, size), all that will be asked for
                  ) -> Callable:            # windows (of these tokens) -> (windows, size, hidden) float32
         "The hidden states that the first layer gets, from the rows of the embedding that the text needs."
@@ -303,6 +307,7 @@ class LayerStack:
             return model.layers[0].hidden
         return embed
 
+    @torch.inference_mode(False)
     def head(self) -> Callable: # (tokens, hidden) -> (tokens, vocabulary) float32
         "The last norm, the output matrix, and the cap that some families put on logits."
         norm = _one_layer_model(self.checkpoint, self.config, 0).norm.to(self.device)
