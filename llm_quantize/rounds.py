@@ -104,7 +104,7 @@ _BYTES, _FOUR, _FIVE, _TABLE = Levels(-127, 127), Levels(-8, 7), Levels(-16, 15)
 _TYPES = {
     # name: levels, bits of a code, fields, search
     "Q8_0": (_BYTES, 8, ("d",), partial(scale_of_bytes, levels=_BYTES)),
-    "Q4_0": (_FOUR, 4, ("d",), _symmetric(_FOUR, (0.84, 0.9, 0.95, 1.0, 1.06, 1.12), (-8, -6, 7, 6))),
+    "Q4_0": (_FOUR, 4, ("d",), _symmetric(_FOUR, (0.8, 0.86, 0.9, 0.94, 0.98, 1.02, 1.06, 1.12), (-8, -7, -6, -5, 7, 6))),
     "Q5_0": (_FIVE, 5, ("d",), _symmetric(_FIVE, (0.89, 0.93, 0.96, 0.99, 1.02, 1.05), (-16, -13, 15, 12))),
     "Q4_1": (Levels(0, 15), 4, ("d", "m"), partial(scale_and_offset_of_32, levels=Levels(0, 15), starts=_STARTS)),
     "Q5_1": (Levels(0, 31), 5, ("d", "m"), partial(scale_and_offset_of_32, levels=Levels(0, 31), starts=_STARTS)),
