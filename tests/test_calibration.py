@@ -3,6 +3,8 @@ import hashlib
 import json
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import llm_quantize
-from llm_quantize.calibration import PARTS, adds_bos, bundled_text, load_tokenizer, read_text, windows
+from llm_quantize.calibration import PARTS, ChatText, adds_bos, bundled_text, load_tokenizer, read_text, windows
 from llm_quantize.checkpoint import sample_path
 from llm_quantize.errors import CalibrationError, ConversionError
 
@@ -97,7 +99,82 @@ def test_read_text_names_the_fault(tmp_path, name, content, message):
 
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(CalibrationError, match="no text file"): read_text(tmp_path / "none.txt")
-    with pytest.raises(CalibrationError, match="cannot be read"): read_text(tmp_path)
+    with pytest.raises(CalibrationError, match="directory without a text file"): read_text(tmp_path)
+
+
+def test_a_directory_is_its_files_in_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name, content in {"b.txt": "two", "a.jsonl": '{"text": "one"}\n', "sub/c.json": '["three"]', "image.png": "no text", ".hidden.txt": "no"}.items(): (tmp_path / name).write_text(content)
+    assert read_text(tmp_path) == ["one", "two", "three"]
+    (tmp_path / "sub" / "d.jsonl").write_text('{"text": "x"}\n{"tekst": "y"}')
+    with pytest.raises(CalibrationError, match=r"d.jsonl line 2 has no key 'text'"): read_text(tmp_path)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"text": ""}\n\n{"text": " "}', "holds no text: line 1 is blank, and so is all that follows"), ("a.json", '[""]', "holds no text: record 1 is blank$"), ("a.txt", "\n", "line 1 is blank")])
+def test_empty_strings_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=message) as caught: read_text(tmp_path / name)
+    assert caught.value.exit_code == 15
+
+# --- conversations ----------------------------------------------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Good day"}]
+TEMPLATE = "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}{{ raise_exception('no role ' + m['role']) }}{% endif %}{{ bos_token }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture
+def chatty():
+    tokenizer = load_tokenizer(sample_path())
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_messages_go_through_the_template(tmp_path, chatty):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n" + json.dumps({"text": "<s> plain"}))
+    chat, plain = read_text(tmp_path / "c.jsonl", chatty)
+    assert chat == "<s>Hello there</s><s>Good day</s>" and isinstance(chat, ChatText) and not isinstance(plain, ChatText)
+    expected = chatty.apply_chat_template(MESSAGES, return_dict=False)
+    assert expected.count(1) == expected.count(2) == 2
+    assert windows(chatty, [chat, plain], size=len(expected), limit=1, bos=False)[0].tolist() == expected
+    assert windows(chatty, str.__str__(chat), size=8, bos=False).flatten().tolist().count(1) == 0  # the same characters as plain text hold no mark
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"messages": []}, "no list of objects"), ({"messages": "hello"}, "no list of objects"), ({"messages": [{"role": "user"}]}, "no list of objects"), ({"messages": [{"role": 1, "content": "a"}]}, "no list"),
+    ({"messages": [{"role": "wizard", "content": "a"}]}, "refuses the messages: no role wizard")])
+def test_bad_messages_are_named(tmp_path, chatty, record, message):
+    (tmp_path / "c.jsonl").write_text('"fine"\n' + json.dumps(record))
+    with pytest.raises(CalibrationError, match=f"c.jsonl line 2.*{message}"): read_text(tmp_path / "c.jsonl", chatty)
+
+
+def test_a_conversation_needs_a_template(tmp_path, tokenizer):
+    (tmp_path / "c.json").write_text(json.dumps([{"messages": MESSAGES}]))
+    for given in (None, tokenizer):
+        with pytest.raises(CalibrationError, match="record 1 is a conversation"): read_text(tmp_path / "c.json", given)
+
+# --- wikitext ---------------------------------------------------------------------------------------------------------------------------
+
+def test_wikitext_without_the_package(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match="datasets, which is not installed") as caught: read_text("wikitext")
+    assert caught.value.exit_code == 15 and "pip install datasets" in caught.value.suggestion
+    (tmp_path / "wikitext").write_text("a file of that name")
+    assert read_text("wikitext") == ["a file of that name"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_wikitext_with_a_stand_in_for_the_package(monkeypatch, tmp_path, works):
+    def load_dataset(name, config, split):
+        if not works: raise ConnectionError("no network")
+        assert (name, config, split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
+        return {"text": [" = Title = \n", "", " Text .\n"]}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    if works: assert read_text("wikitext") == [" = Title = \n Text .\n"]
+    else:
+        with pytest.raises(CalibrationError, match=r"cannot be fetched \(ConnectionError\)"): read_text("wikitext")
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------------------------
