@@ -212,3 +212,53 @@ def test_missing_and_unwritable(tmp_path):
     with pytest.raises(ImatrixError, match="too long"): random_matrix({"x" * 60: (1, 4)}).save(tmp_path / "m.imatrix")
     with pytest.raises(ImatrixError, match="without entries"): ImportanceMatrix({}, {}).save(tmp_path / "m.imatrix")
     assert list(tmp_path.iterdir()) == []
+
+# ---- statistics and display ----------------------------------------------------------------------------------------------------------------------
+
+def plain_statistics(a):
+    "llama-imatrix --show-statistics, written out with numpy on the mean squares of one tensor."
+    p = a[a > 0] / a.sum()
+    return {"total": a.sum(), "min": a.min(), "max": a.max(), "mean": a.sum() / a.size, "std": np.sqrt((a * a).sum() / a.size - (a.sum() / a.size) ** 2), "active": 1 - (a <= 1e-5).sum() / a.size,
+            "entropy": -(p * np.log2(p)).sum(), "entropy_normalized": -(p * np.log2(p)).sum() / np.log2(a.size), "zd": ((a - a.mean()) / a.std() > 1).sum() / a.size}
+
+def test_statistics_by_their_formulas():
+    names = {f"blk.{i}.{kind}.weight": (1, 256) for i in (0, 1, 10) for kind in ("attn_q", "ffn_down")} | {"blk.1.ffn_up_exps.weight": (3, 64), "output.weight": (1, 256)}
+    matrix = random_matrix(names)
+    matrix.sums["blk.1.attn_q.weight"][0, :40] = 0
+    found = {s.name: s for s in matrix.statistics()}
+    assert list(found)[:2] == ["blk.0.attn_q.weight", "blk.0.ffn_down.weight"] and list(found)[-1] == "output.weight" and list(found)[-2].startswith("blk.10.")
+    for name, s in found.items():
+        a = (matrix.sums[name] / matrix.counts[name][:, None]).flatten().numpy()
+        for key, value in plain_statistics(a).items(): assert getattr(s, key) == pytest.approx(value, rel=1e-9), (name, key)
+        assert getattr(s, "std") != pytest.approx(plain_statistics(a[1:])["std"], rel=1e-9)
+    a, b = (matrix.sums[f"blk.{i}.ffn_down.weight"][0].numpy() for i in (0, 1))
+    assert found["blk.1.ffn_down.weight"].cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert found["blk.0.attn_q.weight"].cosine is found["blk.10.attn_q.weight"].cosine is found["output.weight"].cosine is None
+
+
+def test_layers_and_whole():
+    matrix = random_matrix({"blk.0.attn_q.weight": (1, 64), "blk.0.ffn_down.weight": (1, 192), "blk.1.attn_q.weight": (1, 64)})
+    layers, every = matrix.layer_statistics(), np.concatenate([(matrix.sums[n] / matrix.counts[n][:, None]).flatten().numpy() for n in matrix.names])
+    assert [row["layer_name"] for row in layers] == ["blk.0", "blk.1"]
+    assert layers[0]["importance"] == pytest.approx(every[:256].mean()) and layers[0]["importance"] != pytest.approx(every[:64].mean())
+    assert matrix.global_statistics() == pytest.approx({"min": every.min(), "max": every.max(), "mean": every.mean(), "std": every.std()})
+    assert {"global_statistics", "layers", "tensors"} <= set(matrix.to_dict())
+
+
+def test_unseen_experts_do_not_count():
+    matrix = ImportanceMatrix({EXPERTS: torch.tensor([[2.0, 6.0], [0.0, 0.0]]).double()}, {EXPERTS: torch.tensor([2.0, 0.0]).double()})
+    [s] = matrix.statistics()
+    assert (s.channels, s.mean, s.max, s.active) == (2, 2.0, 3.0, 1.0)
+    nothing = ImportanceMatrix({EXPERTS: torch.zeros(2, 4).double()}, {EXPERTS: torch.zeros(2).double()})
+    assert nothing.statistics()[0].channels == 0 and nothing._repr_html_() and nothing.global_statistics()["mean"] == 0
+
+
+def test_display():
+    matrix = random_matrix({f"blk.{i}.{kind}.weight": (1, 32) for i in range(96) for kind in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}, datasets=("a<b&c",), chunk_count=9)
+    html = matrix._repr_html_()
+    assert "a&lt;b&amp;c" in html and html.count("<tr>") == 1 + 25 and len(html) < 25_000 and html.count("M") >= 96 * 7
+    from xml.etree import ElementTree
+    svg = ElementTree.fromstring(html[html.index("<svg"):html.index("</svg>") + 6])
+    assert sum(path.get("d").count("z") for path in svg.iter("{http://www.w3.org/2000/svg}path")) == 96 * 7
+    assert matrix._repr_markdown_().count("\n| ") == 1 + 1 + 25 and "blk.95" in matrix._repr_markdown_()
+    assert "output" in random_matrix({"output.weight": (1, 8)})._repr_html_()
