@@ -145,13 +145,15 @@ def _show_analysis(result) -> None:
         top = max(row["tensors"], key=lambda tensor: tensor["max"])
         table.add_row(row["layer_name"], f"{row['importance']:.4g}", f"{min(t['min'] for t in row['tensors']):.2e}", f"{top['max']:.4g}", top["name"])
     console.print(table)
+    if result.super_weights is not None:
+        console.print(f"\n{result.super_weights.render()}\n{result.total_protected:,} weights make the most important {100 * result.coverage:g} %", soft_wrap=True)
     if found["rare_experts"]: console.print(f"{len(found['rare_experts'])} entries of experts saw few tokens and lean on a neutral prior", soft_wrap=True)
 
 @app.command()
 def analyze(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")],
             out: Annotated[Optional[Path], typer.Option("-o", "--output", help="file to write; default ./NAME.imatrix")] = None,
             method: Annotated[str, typer.Option(help="how columns are weighed", metavar="activation|gradient|fisher")] = "activation",
-            calibration_data: Annotated[Optional[str], typer.Option(help="text: .txt, .json or .jsonl; default: the bundled one")] = None,
+            calibration_data: Annotated[Optional[str], typer.Option(help="text: .txt, .json, .jsonl, a directory of such, or wikitext; default: the bundled one")] = None,
             calibration_samples: Annotated[int, typer.Option(min=1, help="windows of 512 tokens, at most")] = 512,
             identify_super_weights: Annotated[bool, typer.Option("--identify-super-weights", help="find single weights that carry the model")] = False,
             coverage: Annotated[float, typer.Option(help="share of the weights to protect")] = 0.0001,
