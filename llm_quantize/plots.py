@@ -26,7 +26,8 @@ class Picture(Figure):
         return file.getvalue()
 
 # %% ../nbs/42_plots.ipynb #plots-importance-grid
-_FIELDS = {"mean": "mean squared input", "max": "strongest channel", "total": "sum of mean squares", "entropy_normalized": "entropy, as a share of the largest possible", "active": "share of active channels",
+_FIELDS = {"mean": "mean squared input", "max": "strongest channel", "total": "sum of mean squares",
+           "entropy_normalized": "entropy, as a share of the largest possible", "active": "share of active channels",
            "zd": "share of channels above mean + std", "cosine": "cosine to the block before"}
 _LOGARITHMIC = ("mean", "max", "total")
 

@@ -142,9 +142,59 @@ def test_planted_ones_come_back_exactly(tmp_path, ids):
     result = find_super_weights(folder, ids, effect_ids=heldout, device="cpu")
     assert sorted(w.place for w in result.found) == sorted(moved + PLANTED)
     for weight in result.found: assert weight.value == open_checkpoint(folder).tensor(weight.hf_tensor)[weight.row, weight.col].item()
-    effect = {w.place: w.perplexity_ratio for w in result.found}
-    print(effect)
-    assert all(abs(effect[place] - 1) > 1e-5 for place in PLANTED)
+    assert all(abs(w.perplexity_ratio - 1) > 0.001 for w in result.found)
+
+
+def spread_out(folder, ids):
+    "The sample model with two blocks put in after block 0, which take over writing rows 12 and 3 at the first token: the same function, its super weights in three blocks."
+    checkpoint = open_checkpoint(sample_path())
+    x = next(w.input_spike for w in find_super_weights(sample_path(), ids, device="cpu").found)
+    g, products = torch.Generator().manual_seed(0), {}
+    def insert(weights):
+        old = dict(weights)
+        for name in [n for n in weights if ".layers." in n]: del weights[name]
+        for name, tensor in old.items():
+            if ".layers." not in name: continue
+            layer = int(name.split(".")[2])
+            weights[name if layer == 0 else name.replace(f".{layer}.", f".{layer + 2}.", 1)] = tensor
+            if layer == 0:
+                for new in (1, 2): weights[name.replace(".0.", f".{new}.", 1)] = tensor.clone()
+        for layer, row in ((1, 12), (2, 3)):
+            products[layer] = weights[down(0)][row, 210].item() * x
+            weights[down(0)][row, 210] = 0
+            weights[f"model.layers.{layer}.self_attn.o_proj.weight"].zero_()
+            weights[f"model.layers.{layer}.post_attention_layernorm.weight"].fill_(1)
+            for part, scale in (("gate", 0.03), ("up", 0.03), ("down", 0.002)):
+                tensor = weights[f"model.layers.{layer}.mlp.{part}_proj.weight"]
+                tensor.copy_(scale * torch.randn(tensor.shape, generator=g))
+    def deeper(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
+        return path
+    made = deeper(edited(folder / "inserted", insert))
+    for layer, row, column in ((1, 12, 100), (2, 3, 500)):
+        direction = first_token_direction(made, layer, ids)
+        def add(weights, made=made):
+            source = open_checkpoint(made)
+            weights.clear()
+            weights.update({name: source.tensor(name).float() for name in source.names})
+            plant(weights, layer, row, column, direction, size=10.5, value=products[layer] / (torch.nn.functional.silu(torch.tensor(10.5)) * 10.5).item())
+        made = deeper(edited(folder / f"block{layer}", add))
+    assert len(checkpoint.names) < len(open_checkpoint(made).names)
+    return made
+
+
+def test_real_ones_in_three_blocks(tmp_path, ids):
+    "Each does in its new place what it did in the old one: the perplexity without it says so."
+    folder = spread_out(tmp_path, ids)
+    heldout = windows(load_tokenizer(sample_path()), bundled_text("heldout"), limit=4)
+    before, after = (find_super_weights(path, ids, effect_ids=heldout, device="cpu") for path in (sample_path(), folder))
+    assert [w.place for w in after.found] == [(0, 156, 210), (0, 174, 210), (1, 12, 100), (2, 3, 500)]
+    assert after.perplexity == pytest.approx(before.perplexity, rel=0.02)
+    moved = {(1, 12, 100): before.found[0], (2, 3, 500): before.found[1]}
+    for weight in after.found[2:]:
+        assert weight.perplexity_ratio == pytest.approx(moved[weight.place].perplexity_ratio, rel=0.03) and weight.perplexity_ratio > 1.05
+    assert after.perplexity_all_zeroed > 5 * after.perplexity
 
 
 def test_several_in_one_layer_and_one_row(tmp_path):
