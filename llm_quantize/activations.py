@@ -194,6 +194,43 @@ class _StandIn(torch.nn.Module):
         self.hidden, self.arguments = hidden, arguments
         return hidden
 
+# %% ../nbs/14_activations.ipynb #activations-causal-attention
+_BLOCK = 128 # queries at a time
+
+def _causal_attention(query: torch.Tensor,  # (windows, heads, size, head)
+                      key: torch.Tensor,    # (windows, key heads, size, head)
+                      value: torch.Tensor,  # the same
+                      scaling: float
+                     ) -> torch.Tensor:     # (windows, size, heads, head)
+    "Causal attention, a block of queries at a time."
+    windows, heads, size, head = query.shape
+    group, keys, out = heads // key.shape[1], key.transpose(2, 3), query.new_empty(windows, size, heads, head)
+    future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=query.device).triu(1)
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        places = end - start
+        own = (query[:, :, start:end] * scaling).reshape(windows, -1, group * places, head)
+        scores = (own @ keys[..., :end]).view(windows, -1, group, places, end)
+        scores[..., start:].masked_fill_(future[:places, :places], float("-inf"))
+        mixed = scores.softmax(-1).flatten(2, 3) @ value[:, :, :end]
+        out[:, start:end] = mixed.view(windows, heads, places, head).transpose(1, 2)
+    return out
+
+def _attention(module, query, key, value, attention_mask, scaling=None, **rest): # as transformers calls it
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    plain = attention_mask is None and query.shape[2] == key.shape[2] and scaling is not None and not torch.is_grad_enabled()
+    if not plain: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+    return _causal_attention(query, key, value, scaling), None
+
+def _use_own_attention(config) -> None: # the configuration of a loaded model
+    "Let a model that would use torch's attention use ours."
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    if config._attn_implementation != "sdpa": return
+    AttentionInterface.register("llm_quantize", _attention)
+    AttentionMaskInterface.register("llm_quantize", sdpa_mask)
+    config._attn_implementation = "llm_quantize"
+
 # %% ../nbs/14_activations.ipynb #activations-layer
 class Layer:
     "One decoder layer, ready to run."
@@ -210,6 +247,7 @@ class Layer:
                 parent, _, child = path.rpartition(".")
                 setattr(self.module.get_submodule(parent), child, _Experts(module, dtype, self.ear, reads))
         model.layers[0], model.norm = _StandIn(), torch.nn.Identity()
+        if torch.device(device).type == "cpu": _use_own_attention(model.config)
         for part in (self.module, model): part.to(device)
         for part in self.module.modules(): # buffers of a plain attribute move with their module only if told to
             if isinstance(part, (_Linear, _Experts)):
