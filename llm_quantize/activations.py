@@ -179,8 +179,8 @@ def _one_layer_model(checkpoint: Checkpoint,          # gives the weights
     weights = {"embed_tokens.weight": embedding}
     for name, plain in _plain(checkpoint).items():
         found = _IN_LAYER.match(plain)
-        if found and int(found[1]) == layer: weights[f"layers.0.{found[2]}"] = checkpoint.tensor(name)
-        elif plain == "model.norm.weight": weights["norm.weight"] = checkpoint.tensor(name)
+        if found and int(found[1]) == layer: weights[f"layers.0.{found[2]}"] = checkpoint.tensor(name).to(torch.float32, copy=True) # a copy: else each tensor keeps a map of its whole file
+        elif plain == "model.norm.weight": weights["norm.weight"] = checkpoint.tensor(name).to(torch.float32, copy=True)
     own = _one_layer_config(config, layer, len(embedding))
     with quiet_transformers():
         model, info = MODEL_MAPPING[type(own)].from_pretrained(None, config=own, state_dict=weights, dtype=torch.float32, output_loading_info=True)
@@ -315,8 +315,13 @@ class LayerStack:
         self.inputs, self.config = layer_inputs(self.tensors), _text_config(self.checkpoint)
         sizes = [torch.Size(t.shape).numel() * (self.dtype if _reader(t) else torch.float32).itemsize for t in self.tensors if t.layer is not None]
         self.bytes = sum(sizes)
-        self.keep = self.bytes < 0.6 * available_memory(self.device) if keep is None else keep
+        self.keep = self.bytes < 0.6 * self._room() if keep is None else keep
         self._plain, self._kept = _plain(self.checkpoint), {}
+
+    def _room(self) -> float: # bytes
+        "Memory for layers. A limit on the process also counts the weights file, which is mapped while it is read."
+        room = available_memory(self.device)
+        return room if _own_limits() > room else room - max(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
 
     def __len__(self) -> int:
         return self.config.num_hidden_layers
