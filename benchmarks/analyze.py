@@ -2,7 +2,7 @@
 
     python benchmarks/analyze.py [MODEL] [--data TEXT] [--windows 16] [--threads 2] [--cap MB] [--device cpu]
 
-MODEL defaults to the bundled sample. The ways take turns, window by window, so that other work on the machine disturbs them alike; the best and the median of each are printed. Then each way of going
+MODEL defaults to the bundled sample. The ways take turns, four batches at a time, so that other work on the machine disturbs them alike; the best and the median of each are printed. Then each way of going
 through the model runs in a process of its own and tells its peak memory above what its imports took. With --cap, a third process may take only so many megabytes beyond its imports (RLIMIT_DATA):
 whole is shown to fail there, and the default to come through with the same sums.
 """
@@ -40,14 +40,13 @@ def speed(args, ids) -> None:
     stack = LayerStack(args.model, device=args.device, keep=True)
     sums = ActivationSums(stack.inputs, args.device)
     def forward(part):
-        with torch.inference_mode(): plain(input_ids=part.to(args.device), use_cache=False)
+        with torch.inference_mode():
+            for some in part.split(args.batch): plain(input_ids=some.to(args.device), use_cache=False)
     ways = {"plain forward, float32": forward, f"collecting, {str(stack.dtype).removeprefix('torch.')} products": lambda part: run_windows(stack, part, sums, batch=args.batch)}
-    parts = ids.split(args.batch)
+    parts, seconds = ids.split(4 * args.batch), {name: [] for name in ways}
     for way in ways.values(): way(parts[0])
-    seconds = {name: [timed(lambda: way(part)) for part in parts] for name, way in ways.items()} if args.apart else {name: [] for name in ways}
-    if not args.apart:
-        for part in parts:
-            for name, way in ways.items(): seconds[name].append(timed(lambda: way(part)))
+    for part in parts:
+        for name, way in ways.items(): seconds[name].append(timed(lambda: way(part)))
     for name, found in seconds.items():
         tokens = parts[0].numel()
         print(f"{name:40} best {tokens / min(found):9,.0f} tokens/s   median {tokens / statistics.median(found):9,.0f} tokens/s")
@@ -89,7 +88,6 @@ def main() -> int: # exit status
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cap", type=int, default=0, help="megabytes that the capped processes may take beyond their imports")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--apart", action="store_true", help="one way after the other instead of in turn")
     parser.add_argument("--memory", choices=["whole", "layers", "auto"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
