@@ -9,7 +9,7 @@ __all__ = ['FLOATS', 'quantize', 'dequantize']
 import gguf
 import torch
 
-from . import kquants, rounds
+from . import iquants, kquants, rounds, ternary
 from .blocks import ENCODERS, decode, encode
 from .errors import ArgumentError, ImatrixError, ValidationError
 from .qtypes import QType, qtype
