@@ -5,34 +5,21 @@
 # %% auto #0
 __all__ = ['load_float', 'WeightPair', 'GGUFModel', 'FloatModel', 'open_quantized', 'load_quantized', 'Placement', 'placement']
 
-# %% ../nbs/38_decoded.ipynb #decoded-import-os
-import os
+# %% ../nbs/38_decoded.ipynb #decoded-from-collections-abc-import
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .activations import available_memory, quiet_transformers
 from .architectures import architecture, hf_tensors
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
 from .gguf_model import open_gguf
 from .qtypes import QTYPES
 
-# %% ../nbs/38_decoded.ipynb #decoded-quiet-transformers
-@contextmanager
-def _quiet_transformers():
-    "Silence the loader of transformers, and give it its voice back afterwards."
-    from transformers.utils import logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        logging.set_verbosity(level)
-        if bars: logging.enable_progress_bar()
-
+# %% ../nbs/38_decoded.ipynb #decoded-module
 def _module(checkpoint: Checkpoint,         # gives config and, without `weights`, the weights
             dtype: torch.dtype,
             device: str,
@@ -45,7 +32,7 @@ def _module(checkpoint: Checkpoint,         # gives config and, without `weights
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConversionError(f"transformers has no causal language model for {type(config).__name__}", "use a text model")
     source = dict(state_dict=weights) if weights is not None else dict(local_files_only=True)
-    with _quiet_transformers():
+    with quiet_transformers():
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None if weights is not None else str(checkpoint.path), config=config, dtype=dtype, output_loading_info=True, **source)
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -177,17 +164,7 @@ def load_quantized(checkpoint: "str | Path | Checkpoint",   # the original
     "A quantized model as the torch module its original is, with decoded weights."
     return open_quantized(checkpoint, path).load(dtype=dtype, device=device)
 
-# %% ../nbs/38_decoded.ipynb #decoded-available-memory
-def _available_memory(device: str) -> float: # bytes; infinity where the system does not tell
-    "Memory that can still be had on a device."
-    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(torch.device(device))[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        names = getattr(os, "sysconf_names", {})
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names) else float("inf")
-
+# %% ../nbs/38_decoded.ipynb #decoded-placement
 class Placement(NamedTuple):
     "Where models are compared, in which arithmetic, and how many quantized ones at a time."
     device: str
@@ -203,7 +180,7 @@ def placement(parameters: int,                   # weights of the model
     "Choose device, dtype and how many models to hold; raises `OutOfMemoryError` if two do not fit."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available(): raise ArgumentError(f"there is no device {device} here", "use cpu")
-    usable = 0.8 * (_available_memory(device) if available is None else available)
+    usable = 0.8 * (available_memory(device) if available is None else available)
     for kind in [dtype] if dtype else [torch.float32, torch.bfloat16]:
         fit = usable / (parameters * kind.itemsize)
         if fit >= 2: return Placement(device, kind, min(quantized, int(min(fit, 1e6)) - 1))

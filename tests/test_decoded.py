@@ -194,6 +194,6 @@ def test_placement():
     assert placement(10 ** 9, 2, "cpu", available=float("inf")).together == 2
     with pytest.raises(OutOfMemoryError, match="two models in memory: 4.0 GB"): placement(10 ** 9, 1, "cpu", available=4e9)
     with pytest.raises(OutOfMemoryError): placement(10 ** 9, 1, "cpu", torch.float32, available=8e9)
-    assert decoded._available_memory("cpu") > 1e8
+    assert decoded.available_memory("cpu") > 1e8
     if not torch.cuda.is_available():
         with pytest.raises(ArgumentError, match="no device cuda"): placement(10 ** 9, 1, "cuda")

@@ -215,7 +215,7 @@ def test_memory_allows_fewer_models_at_a_time(checkpoint, files, monkeypatch):
     "In groups the original runs once for each group; the numbers do not change, and progress counts all of it."
     seen = []
     one_pass = compare(checkpoint, list(files.values()), calibration_samples=2)
-    monkeypatch.setattr(decoded, "_available_memory", lambda device: 2.1 * 4 * checkpoint.parameters / 0.8)
+    monkeypatch.setattr(decoded, "available_memory", lambda device: 2.1 * 4 * checkpoint.parameters / 0.8)
     three_passes = compare(checkpoint, list(files.values()), calibration_samples=2, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i, 6) for i in range(1, 7)]
     for a, b in zip(one_pass.reports, three_passes.reports): assert a.metrics == b.metrics
