@@ -129,7 +129,7 @@ _SHAPES = {
     "token_embd": ("vocab", "hidden"), "output": ("vocab", "hidden"), "output_norm": ("hidden",),
     "attn_norm": ("hidden",), "attn_q": ("q", "hidden"), "attn_k": ("kv", "hidden"), "attn_v": ("kv", "hidden"), "attn_qkv": ("q+2kv", "hidden"),
     "attn_q_norm": ("head",), "attn_k_norm": ("head",), "attn_output": ("hidden", "q"), "post_attention_norm": ("hidden",),
-    "ffn_norm": ("hidden",), "ffn_gate": ("ff", "hidden"), "ffn_up": ("ff", "hidden"), "ffn_down": ("hidden", "ff"),
+    "attn_sub_norm": ("q",), "ffn_sub_norm": ("ff",), "ffn_norm": ("hidden",), "ffn_gate": ("ff", "hidden"), "ffn_up": ("ff", "hidden"), "ffn_down": ("hidden", "ff"),
     "post_ffw_norm": ("hidden",), "ffn_gate_inp": ("experts", "hidden"), "ffn_gate_exps": ("experts", "expert ff", "hidden"),
     "ffn_up_exps": ("experts", "expert ff", "hidden"), "ffn_down_exps": ("experts", "hidden", "expert ff"), "ffn_gate_inp_shexp": ("one", "hidden"),
     "ffn_gate_shexp": ("shared ff", "hidden"), "ffn_up_shexp": ("shared ff", "hidden"), "ffn_down_shexp": ("hidden", "shared ff"),
@@ -177,6 +177,7 @@ class Architecture:
     wide_query_layers: int = 0  # at this depth queries are scaled by hidden size / heads, else by head size; 0: no such number
     shapes: dict = field(default_factory=dict)     # tensors shaped unlike their namesakes
     prefixes: tuple = ()        # (prefix in the checkpoint, its meaning)
+    aliases: tuple = ()         # (part of a name in the checkpoint, what gguf's map calls it)
     ignored: str = r"^$"        # tensors of other parts of the model
 
     def metadata(self,
@@ -238,6 +239,10 @@ ARCHITECTURES = (
     Architecture("phi3", "Phi-3, Phi-3.5, Phi-4", ("Phi3ForCausalLM",), ("phi3",),
         ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"), keys=(_WINDOW._replace(default=0),), assumes=(_SILU,),
         ropes=("default", "dynamic", "linear", "yarn", "longrope"), free_heads=False, partial_rotary=True, shapes={"ffn_up": ("2ff", "hidden")}),
+    Architecture("bitnet", "BitNet b1.58", ("BitNetForCausalLM", "BitnetForCausalLM"), ("bitnet",),
+        ("attn_norm", *_QKV, "attn_sub_norm", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_sub_norm", "ffn_down"),
+        assumes=(Assumed("activation", "silu", "relu2"),), output="never", free_heads=False,
+        aliases=((".self_attn.attn_sub_norm.", ".self_attn.inner_attn_ln."), (".mlp.ffn_sub_norm.", ".mlp.ffn_layernorm."))),
 )
 
 # %% ../nbs/12_architectures.ipynb #architectures-architecture
@@ -331,6 +336,7 @@ def _sources(arch: Architecture, names: list, layers: int) -> tuple: # {GGUF nam
     for name in names:
         if re.search(arch.ignored, name) or _BUFFERS.search(name): continue
         plain = next((new + name[len(old):] for old, new in arch.prefixes if name.startswith(old)), name)
+        for part, alias in arch.aliases: plain = plain.replace(part, alias)
         plain = re.sub(r"(\.experts\.\w+_proj)$", r"\1.weight", plain)
         expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", plain)
         if expert: places = {int(expert[2]): f"{expert[1]}.{expert[3]}"}

@@ -87,6 +87,8 @@ CASES = {
     "phi3-longrope-short": ("Phi3Config", {**STRETCHED, "rope_parameters": longrope(32)}, 48),
     "phi3-longrope-long": ("Phi3Config", {**STRETCHED, "rope_parameters": longrope(32)}, 288),
     "phi3-longrope-partial": ("Phi3Config", {**STRETCHED, "rope_parameters": {**longrope(24), "partial_rotary_factor": 0.75}}, 288),
+    "bitnet": ("BitNetConfig", {**BASE, "hidden_act": "silu", "tie_word_embeddings": True}, 64),
+    "bitnet-yarn": ("BitNetConfig", {**BASE, "hidden_act": "silu", "tie_word_embeddings": True, "rope_parameters": YARN}, 128),
 }
 
 
@@ -168,7 +170,7 @@ def test_logits_equal_transformers(name, made, tmp_path):
     assert kld < 1e-6 and agreement == 1
 
 
-@pytest.mark.parametrize("name", ["llama3", "mixtral", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("name", ["llama3", "mixtral", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma2", "gemma3", "phi3", "bitnet"])
 def test_bf16_file(name, made, tmp_path, monkeypatch):
     "With BF16 weights llama.cpp rounds what it multiplies them with: transformers is made to do the same. A number on the edge may still fall the other way, so the bound is wider."
     linear = torch.nn.functional.linear
@@ -220,6 +222,8 @@ CORRUPTIONS = {
     "no pattern": ("gemma3-pattern", lambda t: t, {"gemma3.attention.sliding_window_pattern": 6}),
     "other window": ("gemma2", lambda t: t, {"gemma2.attention.sliding_window": 20}),
     "no soft cap": ("gemma2", lambda t: t, {"gemma2.final_logit_softcapping": 1.5}),
+    "attention's norm forgotten": ("bitnet", lambda t: replace(t, way="offset", number=1.0) if t.name == "blk.0.attn_sub_norm.weight" else t, {}),
+    "feed-forward's norm forgotten": ("bitnet", lambda t: replace(t, way="offset", number=1.0) if t.name == "blk.0.ffn_sub_norm.weight" else t, {}),
     "whole head rotated": ("phi3-partial-tied", lambda t: t, {"phi3.rope.dimension_count": 64}),
 }
 
@@ -341,7 +345,7 @@ def test_keys_are_ggufs(made):
             assert isinstance(value, (bool, int, float, str, np.ndarray)), key
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama-biases", "mixtral", "qwen2moe", "qwen3moe", "gemma3", "phi3-longrope-long"])
+@pytest.mark.parametrize("name", ["llama3", "llama-biases", "mixtral", "qwen2moe", "qwen3moe", "gemma3", "phi3-longrope-long", "bitnet"])
 def test_quantizable_as_in_llama_quantize(name, made, tmp_path):
     "What llama.cpp's quantizer leaves alone when it makes everything Q8_0 is what `quantizable` says."
     _, checkpoint = made(name)
