@@ -195,26 +195,32 @@ def _show_plan(job) -> None:
     for t in job.plan.tensors: table.add_row(t.name, " x ".join(map(str, t.shape)), t.type, t.why)
     console = _console()
     console.print(table)
-    console.print(f"{job.level}: {job.file_bytes:,} bytes, {8 * job.file_bytes / job.checkpoint.parameters:.3f} bits per weight")
+    console.print(f"{job.level}: {job.file_bytes:,} bytes, {8 * job.file_bytes / job.checkpoint.parameters:.3f} bits per weight"
+                  f"{'; needs an importance matrix, which will be computed first' if job.lacks_imatrix else ''}")
 
 @app.command()
 def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")],
              format: Annotated[str, typer.Argument(metavar="FORMAT", help="gguf")],
-             quant_level: Annotated[str, typer.Option("-q", "--quant-level", help="a GGUF type or mix: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K ...")] = "Q4_K_M",
+             quant_level: Annotated[str, typer.Option("-q", "--quant-level", help="a GGUF type or mix: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, IQ2_XXS, TERNARY ...")] = "Q4_K_M",
              output_dir: Annotated[Path, typer.Option("-o", "--output-dir", help="where to write")] = Path("."),
              output_name: Annotated[Optional[str], typer.Option("-n", "--output-name", help="file name; default NAME-LEVEL.gguf")] = None,
-             imatrix: Annotated[Optional[Path], typer.Option(help="importance matrix: a GGUF or .dat file of llama-imatrix")] = None,
+             imatrix: Annotated[Optional[Path], typer.Option(help="importance matrix: a GGUF or .dat file of llama-imatrix; computed where a type needs one and none is given")] = None,
+             calibration_data: Annotated[Optional[str], typer.Option(help="text to compute it from: .txt, .json, .jsonl, a directory of such, or wikitext; default: the bundled one")] = None,
+             calibration_samples: Annotated[int, typer.Option(min=1, help="windows of 512 tokens of that text, at most")] = 256,
+             search: Annotated[str, typer.Option(help="how hard the encoders look; reference does as llama.cpp", metavar="fast|best|reference")] = "fast",
+             force: Annotated[bool, typer.Option("--force", help="write a ternary type even if the model is not ternary")] = False,
              pre: Annotated[Optional[str], typer.Option(help="name of the pre-tokenizer, where it is not recognised")] = None,
              max_shard_size: Annotated[Optional[str], typer.Option(help="split the output into files no larger than this: 2G, 500M")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")] = False):
     "Quantize a model to a file that llama.cpp loads."
-    from llm_quantize.quantize import load_importance, plan_gguf, quantize as run
-    shard = parse_size(max_shard_size) if max_shard_size else None
+    from llm_quantize.quantize import check_search, load_importance, plan_gguf, quantize as run
+    shard, search = parse_size(max_shard_size) if max_shard_size else None, check_search(search)
     if dry_run:
-        output.show(plan_gguf(model, quant_level, imatrix=load_importance(imatrix), pre=pre), _show_plan)
+        output.show(plan_gguf(model, quant_level, imatrix=load_importance(imatrix), pre=pre, force=force), _show_plan)
         return
     with _progress("quantizing") as progress:
-        result = run(model, format, quant_level, output_dir=output_dir, output_name=output_name, imatrix=imatrix, pre=pre, max_shard_size=shard, progress=progress)
+        result = run(model, format, quant_level, output_dir=output_dir, output_name=output_name, imatrix=imatrix, calibration_data=calibration_data,
+                     calibration_samples=calibration_samples, search=search, force=force, pre=pre, max_shard_size=shard, progress=progress)
     output.show(result, _show_quantized)
 
 # %% ../nbs/50_cli.ipynb #cli-quality-report-verb

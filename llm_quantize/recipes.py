@@ -61,7 +61,7 @@ _MIXES = [
 ]
 
 MIXES = {row[0]: Mix(*row) for row in _MIXES}
-_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "TERNARY": "TQ2_0"}
 
 # %% ../nbs/20_recipes.ipynb #recipes-find-mix
 def find_mix(name: "str | Mix") -> Mix: # "q4_k_m", "Q4_K"
