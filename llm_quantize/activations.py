@@ -6,7 +6,8 @@
 __all__ = ['Input', 'layer_inputs', 'Listener', 'quiet_transformers', 'Layer', 'available_memory', 'LayerStack', 'Place',
            'Waiting', 'run_windows', 'run_backward']
 
-# %% ../nbs/14_activations.ipynb #activations-import-re
+# %% ../nbs/14_activations.ipynb #activations-import-os
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,13 +90,20 @@ class _Ear:
         if _wants(listener, "output"): tell(listener.output, y)
         if y.requires_grad and _wants(listener, "gradient"): y.register_hook(lambda g: tell(listener.gradient, g))
 
-# %% ../nbs/14_activations.ipynb #activations-product
+# %% ../nbs/14_activations.ipynb #activations-wide
+def _wide(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor: # (tokens, columns), (rows, columns) bfloat16 -> (tokens, rows) float32
+    "A product of bfloat16 matrices with its sums in float32, as GPUs make it."
+    return torch.mm(x.to(weight.dtype), weight.T, out_dtype=torch.float32)
+
+def _keeps_sums(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    "Can the product of these have its sums in float32? On a GPU, from torch 2.8 on, and without gradients."
+    return x.is_cuda and weight.dtype == torch.bfloat16 and not torch.is_grad_enabled() and hasattr(torch.ops.aten.mm, "dtype")
+
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: "torch.Tensor | None" = None) -> torch.Tensor: # in the dtype of x
     "A matrix product in the dtype of the weight; its sum is kept in float32 where the device can."
-    if x.is_cuda and weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        y = torch.mm(x.flatten(0, -2).to(weight.dtype), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
-        return y if bias is None else y + bias
-    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    if not _keeps_sums(x, weight): return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    y = _wide(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
 class _Linear(torch.nn.Module):
     "A linear layer that tells what it sees."
@@ -108,7 +116,9 @@ class _Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.ear.inputs(self.read, x)
         y = _product(x, self.weight, self.bias)
-        if self.weight.dtype != x.dtype and not x.is_cuda and not torch.is_grad_enabled(): self._exact_first(x, y)
+        if self.weight.dtype != x.dtype and not torch.is_grad_enabled():
+            if not x.is_cuda: self._exact_first(x, y)
+            elif x.dim() == 3 and _keeps_sums(x, self.weight): y[:, 0] += _wide(x[:, 0] - x[:, 0].to(self.weight.dtype), self.weight)
         self.ear.outputs((self.name,), x, y)
         return y
 
@@ -120,19 +130,23 @@ class _Linear(torch.nn.Module):
                 self._first = own[0].clone(), torch.nn.functional.linear(own[0], self.weight.float(), bias)
             out[0] = self._first[1]
 
+# %% ../nbs/14_activations.ipynb #activations-experts
 class _Experts(torch.nn.Module):
     "The experts of a layer, one after the other, each telling what it sees."
-    def __init__(self, experts: torch.nn.Module, dtype: torch.dtype, ear: _Ear, reads: dict): # `reads`: role -> Input
+    def __init__(self, experts: torch.nn.Module, dtype: torch.dtype, ear: _Ear, reads: dict): # `reads`: role -> Input; takes the weights out of `experts`
         super().__init__()
         if getattr(experts, "is_transposed", False) or getattr(experts, "has_bias", False) or not getattr(experts, "is_concatenated", True):
             raise ConversionError(f"the experts of this model ({type(experts).__name__}) are laid out in a way that is not known here", "report the model")
         self.gate_up, self.down, self.gate = experts.gate_up_proj.data.to(dtype), experts.down_proj.data.to(dtype), experts._apply_gate
+        experts.gate_up_proj = experts.down_proj = None # `gate` keeps the module alive, which would keep its weights
         self.ear, self.up_read, self.down_read = ear, reads["ffn_gate_exps"], reads["ffn_down_exps"]
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor: # (tokens, hidden), (tokens, k), (tokens, k)
-        total = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            token, place = (chosen == expert).nonzero(as_tuple=True)
+        total, each = torch.zeros_like(x), chosen.shape[1]
+        visits = chosen.flatten().bincount(minlength=len(self.gate_up)).tolist()
+        for expert, places in enumerate(chosen.flatten().argsort(stable=True).split(visits)):
+            if not len(places): continue
+            token, place = places // each, places % each
             own = x[token]
             self.ear.inputs(self.up_read, own, expert)
             both = _product(own, self.gate_up[expert])
@@ -259,7 +273,7 @@ class Layer:
         shape = tuple(hidden.shape[:2])
         if shape not in self._arguments:
             with torch.inference_mode(False), torch.no_grad(): self.model(inputs_embeds=torch.zeros(hidden.shape, device=hidden.device), use_cache=False)
-            self._arguments[shape] = self.model.layers[0].arguments
+            self._arguments[shape], self.model.layers[0].hidden = self.model.layers[0].arguments, None
         return self._arguments[shape]
 
     def __call__(self, hidden: torch.Tensor,              # (windows, size, hidden) float32
@@ -290,7 +304,8 @@ def available_memory(device: str = "cpu") -> float: # bytes; infinity where the 
     if torch.device(device).type == "cuda": return float(torch.cuda.mem_get_info(torch.device(device))[0])
     free = float("inf")
     try: free = 1024.0 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError): pass
+    except (OSError, TypeError):
+        if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ())): free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     container = _limit("/sys/fs/cgroup/memory.max") - _limit("/sys/fs/cgroup/memory.current") if _limit("/sys/fs/cgroup/memory.max") < float("inf") else float("inf")
     return max(0.0, min(free, container, _own_limits()))
 
