@@ -1,9 +1,9 @@
 """Importance matrices: sums against an independent implementation, runs that are killed and resumed, experts, disks that fill up."""
+import logging
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -121,45 +121,61 @@ def test_prior():
 
 # ---- interruptions -------------------------------------------------------------------------------------------------------------------------------
 
-RUN = """if True:
-    import os, sys, torch
-    from llm_quantize.calibration import bundled_text, load_tokenizer, windows
-    from llm_quantize.importance import collect
-    model, folder, target, method, keep, resume = sys.argv[1:]
+# Runs are killed in processes of their own. They are forked from one that has done the imports and nothing else, since those take longer than the runs.
+
+PROCESSES = multiprocessing.get_context("forkserver") if "forkserver" in multiprocessing.get_all_start_methods() else None
+if PROCESSES: PROCESSES.set_forkserver_preload(["llm_quantize.importance", "llm_quantize.calibration", "transformers.models.llama.modeling_llama", "test_importance"])
+
+
+def whole_run(said, model, folder, target, method, keep, resume):
+    "What the process does: eight windows, progress told after each step."
     torch.set_num_threads(1)
-    ids = windows(load_tokenizer(model), bundled_text("calibration"), size=512, limit=12)
-    def progress(done, total): print(done, flush=True)
-    collect(model, ids, method=method, device="cpu", keep=keep == "True", checkpoint_dir=folder, resume=resume == "True", interval=0.0, progress=progress).save(target)
-"""
+    ids = windows(load_tokenizer(model), bundled_text("calibration"), size=512, limit=8)
+    collect(model, ids, method=method, device="cpu", keep=keep, checkpoint_dir=folder, resume=resume, interval=0.0, progress=lambda done, total: said.send(done)).save(target)
 
 
-def start(*arguments): return subprocess.Popen([sys.executable, "-c", RUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*arguments):
+    "A process on its way, and the end of a pipe where it tells its progress."
+    here, there = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=whole_run, args=(there, *arguments))
+    process.start()
+    there.close()
+    return process, here
 
 
-def kill_after(process, lines, moments):
-    "kill -9 after so many lines of progress and a random moment more."
-    for _ in range(lines): process.stdout.readline()
+def finish(process, said):
+    "How many steps a process told until its good end."
+    steps = 0
+    try:
+        while True:
+            said.recv()
+            steps += 1
+    except EOFError: process.join()
+    assert process.exitcode == 0
+    return steps
+
+
+def kill_after(process, said, lines, moments):
+    "kill -9 after so many steps and a random moment more."
+    for _ in range(lines): said.recv()
     time.sleep(moments)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9 of Unix")
+@pytest.mark.skipif(not PROCESSES, reason="needs kill -9 and a fork server, of Unix")
 @pytest.mark.parametrize("method, keep", [("activation", True), ("activation", False), ("fisher", True)], ids=["by window", "by layer", "fisher"])
 def test_killed_and_resumed_is_the_same_to_the_byte(method, keep, sample_model, tmp_path):
     chance = random.Random(f"{method} {keep}")
     whole, resumed, folder = tmp_path / "whole.imatrix", tmp_path / "resumed.imatrix", tmp_path / "state"
-    process = start(sample_model, tmp_path / "other", whole, method, keep, False)
-    steps = len(process.communicate()[0].splitlines())
-    assert process.returncode == 0 and steps == (12 if keep else 48)
+    steps = finish(*start(sample_model, tmp_path / "other", whole, method, keep, False))
+    assert steps == (8 if keep else 32)
     first = chance.randrange(1, steps // 2)
-    kill_after(start(sample_model, folder, resumed, method, keep, False), first, chance.random() * 0.05)
+    kill_after(*start(sample_model, folder, resumed, method, keep, False), first, chance.random() * 0.05)
     assert not resumed.exists() and (folder / "analyze.state").exists()
-    kill_after(start(sample_model, folder, resumed, method, keep, True), chance.randrange(1, max(2, steps // 3)), chance.random() * 0.05)
-    process = start(sample_model, folder, resumed, method, keep, True)
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert len(said.splitlines()) < steps                    # it did go on, and not begin again
+    kill_after(*start(sample_model, folder, resumed, method, keep, True), chance.randrange(1, max(2, steps // 3)), chance.random() * 0.05)
+    assert finish(*start(sample_model, folder, resumed, method, keep, True)) < steps # it did go on, and not begin again
     assert resumed.read_bytes() == whole.read_bytes()
     with open(resumed, "rb+") as file:
         file.seek(-8, os.SEEK_END)
@@ -228,31 +244,36 @@ def test_nothing_saved_yet_is_a_beginning(sample_model, ids, tmp_path, caplog):
 
 # ---- disks ---------------------------------------------------------------------------------------------------------------------------------------
 
-FULL = """if True:
-    import logging, resource, signal, sys, torch
-    from llm_quantize.calibration import bundled_text, load_tokenizer, windows
-    from llm_quantize.importance import collect
-    logging.basicConfig(format="%(message)s")
-    model, folder, target, keep, limit = sys.argv[1:]
+def limited_run(said, model, folder, target, keep, limit):
+    "Four windows in a process whose files cannot grow beyond a limit; tells the warnings."
+    import resource
+    class Tell(logging.Handler):
+        def emit(self, record): said.send(record.getMessage())
+    logging.getLogger("llm_quantize").addHandler(Tell())
     torch.set_num_threads(1)
-    ids = windows(load_tokenizer(model), bundled_text("calibration"), size=512, limit=6)
+    ids = windows(load_tokenizer(model), bundled_text("calibration"), size=512, limit=4)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-    matrix = collect(model, ids, device="cpu", keep=keep == "True", checkpoint_dir=folder, interval=0.0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    matrix = collect(model, ids, device="cpu", keep=keep, checkpoint_dir=folder, interval=0.0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     matrix.save(target)
-"""
 
 
-@pytest.mark.parametrize("keep, limit", [(True, 20_000), (False, 20_000), (False, 1_700_000)], ids=["by window", "by layer", "by layer, state fits"])
+@pytest.mark.skipif(not PROCESSES, reason="needs limits and a fork server, of Unix")
+@pytest.mark.parametrize("keep, limit", [(True, 20_000), (False, 20_000), (False, 1_200_000)], ids=["by window", "by layer", "by layer, state fits"])
 def test_a_full_disk_does_not_stop_the_run(keep, limit, sample_model, ids, tmp_path):
     "No file may grow beyond the limit, which is what writing to a full disk looks like."
-    pytest.importorskip("resource", reason="needs limits of Unix")
-    done = subprocess.run([sys.executable, "-c", FULL, str(sample_model), str(tmp_path / "state"), str(tmp_path / "a"), str(keep), str(limit)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going on without") == 1
+    here, there = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=limited_run, args=(there, sample_model, tmp_path / "state", tmp_path / "a", keep, limit))
+    process.start()
+    there.close()
+    said = []
+    try:
+        while True: said.append(here.recv())
+    except EOFError: process.join()
+    assert process.exitcode == 0 and sum("going on without" in line for line in said) == 1
     torch.set_num_threads(1)
-    assert (tmp_path / "a").read_bytes() == saved(collect(sample_model, ids, device="cpu"), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == saved(collect(sample_model, ids[:4], device="cpu"), tmp_path / "b")
     assert not (tmp_path / "state" / "analyze.state").exists()
 
 
