@@ -69,10 +69,11 @@ def _alone(path: Path) -> Iterator[None]: # the lock's file
 def _compute(checkpoint: Checkpoint, path: Path, **options) -> ImportanceMatrix:
     "Analyze the model into that file, going on from a state that was left; a state that does not fit is left aside."
     state = path.with_suffix(".state")
-    try: return analyze(checkpoint, output=path, checkpoint_dir=state, resume=state if (state / "analyze.state").exists() else None, **options)
+    try: analyze(checkpoint, output=path, checkpoint_dir=state, resume=state if (state / "analyze.state").exists() else None, **options)
     except CheckpointError as error:
         _log.warning("%s: starting the importance matrix from the beginning", error.message)
-        return analyze(checkpoint, output=path, checkpoint_dir=state, **options)
+        analyze(checkpoint, output=path, checkpoint_dir=state, **options)
+    return ImportanceMatrix.load(path) # as later runs will read it: the file has fewer digits than the sums had
 
 def cached_imatrix(model: "str | Path | Checkpoint",              # directory, Hub id or opened checkpoint
                    *, calibration_data: "str | Path | None" = None, # text; default: the bundled one
