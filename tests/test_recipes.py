@@ -334,6 +334,44 @@ def test_needs_imatrix_is_what_llama_cpp_refuses(tmp_path):
         assert refused == bool(plan_mix(mix, shapes, facts_from_metadata(meta)).needs_imatrix), mix
 
 
+def refused_tensor(source, out, mix, imatrix):
+    "The tensor for which llama.cpp misses importance, or None where it writes the file."
+    log = []
+    listener = llama_cpp.llama_log_callback(lambda level, text, data: log.append(text))
+    params, alive = parameters(mix, imatrix)
+    llama_cpp.llama_log_set(listener, ctypes.c_void_p(0))
+    try: failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
+    finally: llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+    found = re.search(rb"Missing importance matrix for tensor (\S+)", b"".join(log))
+    assert bool(failed) == bool(found)
+    return found[1].decode() if found else None
+
+
+NEEDY = {"dense": (metadata("llama", 3, 8, 2), tensors(3)), "experts": (metadata("llama", 2, 8, 8, 4), tensors(2, experts=4))}
+
+
+@pytest.mark.parametrize("model", NEEDY)
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if plan_mix(mix, NEEDY["dense"][1], facts_from_metadata(NEEDY["dense"][0])).needs_imatrix])
+def test_every_tensor_that_needs_importance(tmp_path, mix, model):
+    "An importance matrix with one entry is offered, and grows by what llama.cpp asks for; in the end it holds what our plan says."
+    meta, shapes = NEEDY[model]
+    rng, sizes = np.random.default_rng(0), {name: shape[-1] * (shape[0] if len(shape) == 3 else 1) for name, shape in shapes}
+    source = write_source(tmp_path / "source.gguf", meta, shapes, {name: rng.standard_normal(shape, np.float32) for name, shape in shapes})
+    plan, given = plan_mix(mix, shapes, facts_from_metadata(meta), has_imatrix=True), {"some": np.ones(1, np.float32)}
+    while (name := refused_tensor(source, tmp_path / "out.gguf", mix, given)) is not None:
+        assert name not in given
+        given[name] = np.ones(sizes[name], np.float32)
+    assert sorted(set(given) - {"some"}) == sorted(plan.needs_imatrix)
+    assert {t.name: t.type for t in plan} == {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+
+
+def test_a_mix_plans_importance_for_what_needs_it():
+    "Which mixes need it at all; TQ1_0, TQ2_0, IQ3_S, IQ3_M, IQ4_XS and IQ4_NL do not."
+    meta, shapes = NEEDY["dense"]
+    needy = {mix for mix in MIXES for known in (False, True) if plan_mix(mix, shapes, facts_from_metadata(meta), known).needs_imatrix}
+    assert needy == {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
+
+
 def test_needs_imatrix_spares_embedding_and_output():
     meta, shapes = MODELS["llama, 7 layers"]
     plan = plan_mix("Q2_K_S", shapes, facts_from_metadata(meta))
