@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .architectures import GGUFTensor, architecture
-from .bitnet import plain_weights
+from .bitnet import BitNetCheckpoint, plain_weights
 from .blocks import ENCODERS
 from .cached_imatrix import cached_imatrix
 from .checkpoint import Checkpoint, open_checkpoint
@@ -249,7 +249,10 @@ def _importance(imatrix: ImportanceMatrix | None, spec: GGUFTensor) -> torch.Ten
     return found
 
 def _computed_imatrix(job: GGUFJob, data: "str | Path | None", samples: int, device: str | None, progress: Callable | None) -> ImportanceMatrix:
-    "The importance matrix that the plan needs and nobody gave."
+    "The importance matrix that the plan needs and nobody gave; raises `ConversionError` for a model that cannot be run as its checkpoint is."
+    if isinstance(job.checkpoint, BitNetCheckpoint):
+        raise ConversionError(f"{job.level} needs an importance matrix, and a BitNet checkpoint is not run here to compute one",
+                              "use -q TERNARY, which loses nothing; or give --imatrix")
     needing = sorted({t.type for t in job.plan.tensors if t.needs_imatrix})
     logger.info("%s needs an importance matrix for %s, and none was given", job.level, ", ".join(needing))
     tell = (lambda done, total, speed="": progress(done, total, f"importance matrix {speed}".rstrip())) if progress else None

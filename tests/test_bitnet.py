@@ -182,6 +182,15 @@ def test_masters_without_rounding_are_not_ternary(masters):
     with pytest.raises(ConversionError, match="not ternary"): plan_gguf(masters, "TERNARY")
 
 
+def test_importance_of_a_bitnet(masters, tmp_path, monkeypatch):
+    "One whose weights are plain floats is run like any other; a packed one has TERNARY."
+    monkeypatch.setenv("LLM_QUANTIZE_IMATRIX_CACHE", str(tmp_path / "cache"))
+    result = quantize(masters, "gguf", "Q2_K_S", output_dir=tmp_path, calibration_samples=2, device="cpu")
+    assert result.imatrix == "computed" and result.validation_status == "passed"
+    with pytest.raises(ConversionError, match="BitNet") as caught: quantize(variant(masters, tmp_path / "m", *FORMS["offline"]), "gguf", "Q2_K_S", output_dir=tmp_path / "out")
+    assert "TERNARY" in caught.value.suggestion and not (tmp_path / "out").exists()
+
+
 def test_names_of_1bitllm(masters, tmp_path):
     "The first BitNet models call their norms otherwise, and say nothing of quantization."
     rename = lambda tensors: {k.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm"): v for k, v in tensors.items()}
