@@ -9,6 +9,7 @@ __all__ = ['logger', 'SEARCHES', 'GGUFJob', 'plan_gguf', 'check_finite', 'check_
 # %% ../nbs/34_quantize.ipynb #quantize-import-inspect
 import inspect
 import logging
+import os
 import re
 import resource
 import time
@@ -93,13 +94,13 @@ def plan_gguf(model: "str | Path | Checkpoint",           # directory, Hub id or
     family = architecture(checkpoint.config)
     specs = family.tensors(checkpoint)
     metadata = family.metadata(checkpoint.config, checkpoint.name)
+    vocabulary = tokenizer_metadata(checkpoint.path, {**checkpoint.config, "vocab_size": family.vocabulary(checkpoint.config)}, pre=pre)
     plan = _types(checkpoint, quant_level, specs, facts_from_metadata(metadata), imatrix is not None, force, progress)
     specs = {s.name: s for s in specs}
     missing = sorted({t.type for t in plan.tensors if t.type not in FLOATS and t.type not in ENCODERS})
     if missing:
         raise ConversionError(f"{plan.mix} needs {', '.join(missing)}, and this version has no encoder for that yet", "use Q2_K, the smallest type it can write")
-    metadata |= {"general.file_type": plan.ftype, "general.quantization_version": 2}
-    metadata |= tokenizer_metadata(checkpoint.path, {**checkpoint.config, "vocab_size": family.vocabulary(checkpoint.config)}, pre=pre)
+    metadata |= {"general.file_type": plan.ftype, "general.quantization_version": 2} | vocabulary
     metadata["general.name"] = _harmless(metadata["general.name"], metadata.get("tokenizer.ggml.tokens", ()))
     return GGUFJob(checkpoint, plan.mix, tuple(specs[t.name] for t in plan.tensors), plan, metadata, bool(plan.needs_imatrix) and imatrix is None)
 
@@ -226,11 +227,14 @@ class QuantizationResult:
 _OTHER_FORMATS = ("smoothquant", "awq", "gptq")
 
 def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | None) -> Path:
-    "Where the file goes; refuses to overwrite a file of the model itself."
+    "Where the file goes; refuses a place that cannot be written to, before hours of work and not after."
     stem = name or f"{checkpoint.name}-{level}.gguf"
     if Path(stem).name != stem: raise ArgumentError(f"the output name '{stem}' contains a directory", "give the directory with --output-dir")
     path = folder / (stem if stem.endswith(".gguf") else stem + ".gguf")
     if path.is_dir(): raise ArgumentError(f"{path} is a directory", "choose another name with --output-name")
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not there.is_dir(): raise LLMQuantizeError(f"cannot make the directory {folder}: {there} is a file", "choose a directory you may write to")
+    if not os.access(there, os.W_OK): raise LLMQuantizeError(f"the directory {there} cannot be written to", "choose a directory you may write to")
     return path
 
 def load_importance(imatrix: "str | Path | ImportanceMatrix | None") -> ImportanceMatrix | None:

@@ -12,7 +12,7 @@ from llm_quantize.blocks import ENCODERS
 from llm_quantize.cached_imatrix import cached_imatrix, imatrix_cache
 from llm_quantize.checkpoint import sample_path, write_sample
 from llm_quantize.cli import main
-from llm_quantize.errors import CalibrationError, ImatrixError
+from llm_quantize.errors import CalibrationError, ImatrixError, LLMQuantizeError
 from llm_quantize.imatrix import ImportanceMatrix
 from llm_quantize.qtypes import QTYPES
 from llm_quantize.quantize import plan_gguf, quantize
@@ -177,6 +177,12 @@ def test_the_text_is_the_users(cache, tmp_path):
     assert ImportanceMatrix.load(cache / files(cache)[0]).datasets == ("own.txt",)
     with pytest.raises(CalibrationError): quantize(sample_path(), "gguf", "Q2_K_S", output_dir=tmp_path / "no", calibration_data=tmp_path / "absent.txt")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_found_first(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LLMQuantizeError, match="is a file"): quantize(sample_path(), "gguf", "Q2_K_S", output_dir=tmp_path / "file" / "out", device="cpu")
+    assert not cache.exists()
 
 
 def test_a_type_that_needs_none_computes_none(cache, tmp_path):
