@@ -62,7 +62,10 @@ def _alone(path: Path) -> Iterator[None]: # the lock's file
     "Be the only process that computes a matrix; on file systems without locks, hope."
     import fcntl
     with open(path, "w") as file:
-        try: fcntl.flock(file, fcntl.LOCK_EX)
+        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("importance matrix: another run is computing it, waiting for that")
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError: pass
         yield
 

@@ -140,7 +140,7 @@ cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu")
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [p.communicate()[0] for p in both]
-    assert sorted("computing it from" in text for text in said) == [False, True] and len(files(cache)) == 1
+    assert sorted("computing it from" in text for text in said) == [False, True] and sum("waiting" in text for text in said) <= 1 and len(files(cache)) == 1
 
 
 def test_without_a_place_for_the_cache(cache, caplog):
