@@ -358,6 +358,16 @@ def test_quantizable_as_in_llama_quantize(name, made, tmp_path):
     assert {t.name: t.quantizable for t in tensors} == {key: kind != "F32" for key, kind in types.items()}
 
 
+def test_activation_that_llama_cpp_lacks(tmp_path, monkeypatch):
+    "llama.cpp computes every BitNet with SiLU, whatever the file says, so a squared ReLU is refused; if this test fails, llama.cpp has learnt it."
+    monkeypatch.setitem(CASES, "relu2", ("BitNetConfig", {**BASE, "hidden_act": "relu2", "tie_word_embeddings": True}, 64))
+    model, checkpoint = random_model("relu2", tmp_path / "relu2"), open_checkpoint(tmp_path / "relu2")
+    row = architecture(checkpoint.config)
+    with pytest.raises(ConversionError, match="relu2"): row.metadata(checkpoint.config, "x")
+    kld, _ = divergence(model, write(checkpoint, tmp_path / "tiny.gguf", row=replace(row, assumes=()), keys={"bitnet.hidden_activation": "relu2"}), 64)
+    assert kld > 1e-2
+
+
 @pytest.mark.parametrize("name", ["mistral-window", "phi3-window"])
 def test_window_that_llama_cpp_lacks(name, made, tmp_path):
     "Beyond the window these differ in this llama.cpp, and `limits` says so; if this test fails, llama.cpp has learnt it."
