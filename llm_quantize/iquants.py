@@ -12,8 +12,8 @@ from functools import lru_cache, partial
 
 import torch
 
-from .blocks import ENCODERS, Encoder, Fields, Levels, digits, half_bytes, read_half
-from .grids import grid_points
+from .blocks import ENCODERS, THOROUGH, Encoder, Fields, Levels, digits, half_bytes, read_half
+from .grids import Grid, grid_points, grid_search
 from .rounds import IQ4_TABLE
 from .scales import steps, symmetric_search
 
@@ -254,3 +254,27 @@ _STRETCHES = (0.82, 0.88, 0.94, 1.0, 1.06, 1.12)
 _search = partial(symmetric_search, levels=_TABLE, limits=(-32, 31), ends=tuple(end * k for end in (_TABLE.low, _TABLE.high) for k in _STRETCHES),
                   heavy=(-127, -104, -83, -65, 113, 89, 69, 53), super_ends=(-32, -31, -30, 31, 30, 28, 26), moves=((0,), (-1,), (1,)), rounds=2)
 ENCODERS["IQ4_XS"] = Encoder(8, 32, _TABLE, _search, steps, pack_iq4_xs, unpack_iq4_xs, 65504.0 * 31 * 127)
+
+# %% ../nbs/07_iquants.ipynb #iquants-grid-encoder
+_BEGINNINGS = {
+    # values: starts, as shares of the step that puts the largest weight on the last value; the same for `best`
+    (8, 25, 43): ((0.6, 0.75, 0.9, 1.05), (0.55, 0.62, 0.7, 0.78, 0.86, 0.93, 1.0, 1.1)),
+    (4, 12, 20, 28, 36, 44, 52, 62): ((0.85, 0.92, 1.0, 1.08), (0.6, 0.7, 0.78, 0.84, 0.9, 0.95, 1.0, 1.05, 1.1)),
+    (1, 3, 5, 7, 9, 11, 13, 15): ((0.85, 0.92, 1.0, 1.08), (0.6, 0.7, 0.78, 0.84, 0.9, 0.95, 1.0, 1.05, 1.1)),
+    (-1, 0, 1): ((0.5, 0.65, 0.8), (0.4, 0.5, 0.58, 0.66, 0.74, 0.85, 1.0)),
+}
+_SIGNS = {"IQ2_XXS": "parity", "IQ2_XS": "parity", "IQ3_XXS": "parity", "IQ2_S": "free", "IQ3_S": "free", "IQ1_S": "none", "IQ1_M": "none"}
+
+def _grid_encoder(name, thorough):
+    "The encoder of a type with a grid."
+    groups, elements, pack, unpack = LAYOUTS[name]
+    values = tuple(int(v) for v in grid_points(name).unique())
+    grid = Grid(name, values, _SHAPES[name][2], _SIGNS[name], 0.125 if values[0] < 0 else 0.0, name == "IQ1_S", 32 if thorough else 8)
+    last, unit = 7 if values[0] < 0 else 15, 1 / _SHAPES[name][4]
+    tops = tuple((2 * k + 1) * unit for k in range(last, last // 4, -1))
+    starts = tuple(values[-1] / share for share in _BEGINNINGS[values][thorough])
+    moves, rounds = ((0, -1, 1, -2, 2), 3) if thorough else ((0, -1, 1), 1)
+    search = partial(grid_search, grid=grid, limits=(unit, (2 * last + 1) * unit, 2 * unit), ends=starts, super_ends=tops, moves=moves, rounds=rounds)
+    return Encoder(groups, elements, grid, search, steps, pack, unpack, 65504.0 * (2 * last + 1) * unit * grid.high)
+
+for _name in LAYOUTS: ENCODERS[_name], THOROUGH[_name] = _grid_encoder(_name, False), _grid_encoder(_name, True)

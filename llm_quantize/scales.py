@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick', 'keep', 'extreme', 'column', 'heaviest', 'fit_symmetric', 'symmetric_scale', 'spread', 'fit_affine',
-           'affine_scale', 'super_scale', 'steps', 'neighbours', 'best_neighbour', 'refit', 'polish',
+           'affine_scale', 'storable', 'super_scale', 'steps', 'neighbours', 'best_neighbour', 'refit', 'polish',
            'symmetric_search', 'curvature', 'affine_search']
 
 # %% ../nbs/03_scales.ipynb #scales-import-torch
@@ -110,18 +110,24 @@ def affine_scale(x: torch.Tensor,   # (..., elements, blocks)
     flat = best[0] >= 0                             # no start is better than nothing: a group without spread
     return torch.where(flat, 0.0, best[1]), torch.where(flat, mean, best[2]), sw, sx
 
-# %% ../nbs/03_scales.ipynb #scales-super-scale
+# %% ../nbs/03_scales.ipynb #scales-storable
+def storable(v: torch.Tensor, limits: tuple) -> torch.Tensor: # shape of v
+    "The nearest of the numbers that store a scale: from the first of `limits` to the second, 1 apart or as the third says."
+    low, high, *distance = limits
+    if not distance: return v.round().clamp(low, high)
+    return (((v - low) * (1 / distance[0])).round() * distance[0] + low).clamp(low, high)
+
 @stage
 def super_scale(s: torch.Tensor,    # (..., groups, blocks): scales wanted
                 h: torch.Tensor,    # same shape: what a squared error of a scale costs
-                limits: tuple,      # range of the integers that store them
+                limits: tuple,      # lowest and highest integer that stores them, and the distance of two if it is not 1
                 ends: tuple,        # integers that the scale of largest magnitude is tried on
                 above: "torch.Tensor | None" = None # the cost of a scale that is too large, where it differs
                 ) -> tuple:         # super-scale (..., blocks) and integers (..., groups, blocks)
     "The f16 super-scale d, and the integers k, that make d * k closest to `s`."
     d = to_half(extreme(s).unsqueeze(-2) / column(ends, s)) # (..., candidates, blocks)
     s, h = s.unsqueeze(-3), h.unsqueeze(-3)
-    k = (s * inverse(d).unsqueeze(-2)).round().clamp(*limits) # (..., candidates, groups, blocks)
+    k = storable(s * inverse(d).unsqueeze(-2), limits) # (..., candidates, groups, blocks)
     d = torch.cat([d, to_half(ratio((h * s * k).sum(-2), (h * k * k).sum(-2)))], -2)
     k = torch.cat([k, k], -3)
     r = d.unsqueeze(-2) * k - s
@@ -138,11 +144,13 @@ def steps(fields: Fields) -> tuple: # step and offset (or None), each (..., grou
 
 @stage
 def neighbours(fields: Fields,     # scales and mins (..., groups, blocks)
-               limits: tuple,      # lowest and highest integer
+               limits: tuple,      # as `storable` takes them
                moves: tuple        # (change of scales, change of mins)
                ) -> tuple:         # step, 1 / step, offset or None, integers; each (..., groups, moves, blocks)
     "The scales next to those of the fields, as a reader would have them."
-    ints = {k: (fields[k].unsqueeze(-2) + column([c[i] for c in moves], fields["d"])).clamp(*limits) for i, k in enumerate(("scales", "mins")) if k in fields}
+    low, high, distance = (*limits, 1)[:3]
+    ints = {k: (fields[k].unsqueeze(-2) + column([c[i] * distance for c in moves], fields["d"])).clamp(low, high)
+            for i, k in enumerate(("scales", "mins")) if k in fields}
     step = fields["d"].unsqueeze(-2).unsqueeze(-2) * ints["scales"]
     offset = fields["dmin"].unsqueeze(-2).unsqueeze(-2) * ints["mins"] if "dmin" in fields else None
     return step, inverse(step), offset, ints
@@ -191,7 +199,7 @@ def polish(x: torch.Tensor, w: torch.Tensor, # (..., groups, elements, blocks)
 
 # %% ../nbs/03_scales.ipynb #scales-symmetric-search
 def symmetric_search(x: torch.Tensor, w: torch.Tensor, # (..., groups, elements, blocks)
-                     levels: Levels, limits: tuple,    # of the integers that store the scales
+                     levels: Levels, limits: tuple,    # as `storable` takes them
                      ends: tuple, heavy: tuple, super_ends: tuple, moves: tuple, rounds: int) -> Fields:
     "Super-scale `d` and integers `scales` for weights stored as d * scale * level."
     s, sqq = symmetric_scale(x, w, levels, ends, heavy)
