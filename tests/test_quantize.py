@@ -221,3 +221,26 @@ def test_prose_runs_in_llama_cpp(tmp_path, shared_model):
     result = quantize(model, "gguf", "Q4_K_M", output_dir=tmp_path)
     _, out = greedy(result.output_path, 16)
     assert len(out) == 16 and result.file_size == pytest.approx(30_156_960, rel=2e-3), "llama.cpp's own Q4_K_M of this model has 30,156,960 bytes"
+
+
+@pytest.mark.parametrize("level", ["IQ2_XXS", "Q2_K_S", "Q4_K_M"])
+def test_the_reference_search_writes_what_llama_quantize_writes(tmp_path, monkeypatch, level):
+    "Plan, importance and encoder together: every tensor's bytes, against llama.cpp's own tool on the float file; another search shows."
+    import ctypes
+
+    import llama_cpp
+    from llm_quantize.cached_imatrix import cached_imatrix
+    monkeypatch.setenv("LLM_QUANTIZE_IMATRIX_CACHE", str(tmp_path / "imatrix"))
+    matrix = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
+    values = {name: matrix.importance(name).numpy() for name in matrix.names}
+    rows = [(name.encode(), v.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), v.size) for name, v in values.items()]
+    table = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(rows) + 1))(*rows, (None, None, 0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.imatrix = find_mix(level).ftype, 1, ctypes.cast(table, type(params.imatrix))
+    source, theirs = quantize(sample_path(), "gguf", "F32", output_dir=tmp_path).output_path, tmp_path / "theirs.gguf"
+    assert llama_cpp.llama_model_quantize(source.encode(), str(theirs).encode(), ctypes.byref(params)) == 0
+    def tensors(path): return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+    ours = {search: tensors(quantize(sample_path(), "gguf", level, output_dir=tmp_path, output_name=search, imatrix=matrix, search=search, device="cpu").output_path)
+            for search in ("reference", "fast")}
+    assert ours["reference"] == tensors(theirs)
+    assert {n: t for n, (t, _) in ours["fast"].items()} == {n: t for n, (t, _) in tensors(theirs).items()} and ours["fast"] != tensors(theirs)
