@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llm_quantize.analyze import analyze
-from llm_quantize.blocks import ENCODERS
 from llm_quantize.cached_imatrix import cached_imatrix, imatrix_cache
 from llm_quantize.checkpoint import sample_path, write_sample
 from llm_quantize.cli import main
@@ -151,12 +150,16 @@ def test_without_a_place_for_the_cache(cache, caplog):
 
 # --- in a quantization -----------------------------------------------------------------------------------------------------------------------
 
-NEEDING = [name for name, t in QTYPES.items() if t.needs_imatrix] + ["Q2_K_S"]
+NEEDING = [name for name, t in QTYPES.items() if t.needs_imatrix] + ["Q2_K_S", "IQ2_M", "IQ3_XS"]
 
 
-@pytest.mark.parametrize("level", NEEDING)
+def test_what_needs_importance_is_planned_with_it():
+    for level in NEEDING: assert plan_gguf(sample_path(), level).lacks_imatrix, level
+    for level in ("IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL", "Q2_K", "Q3_K_S"): assert not plan_gguf(sample_path(), level).lacks_imatrix, level
+
+
+@pytest.mark.parametrize("level", ["IQ1_S", "IQ3_XXS", "Q2_K_S"])
 def test_types_that_need_importance_get_it(cache, tmp_path, level, capsys):
-    if level in QTYPES and level not in ENCODERS: pytest.skip(f"{level} has no encoder in this version")
     arguments = ["--format", "json", "quantize", str(sample_path()), "gguf", "-q", level, "-o", str(tmp_path), "--calibration-samples", "2"]
     assert main(arguments) == 0
     printed = capsys.readouterr()
