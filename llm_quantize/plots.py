@@ -11,6 +11,7 @@ import io
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from .errors import ArgumentError
 from .imatrix import ImportanceMatrix
@@ -25,18 +26,23 @@ class _Picture(Figure):
         self.savefig(file, format="png", dpi=80)
         return file.getvalue()
 
-# %% ../nbs/42_plots.ipynb #plots-importance-grid
+# %% ../nbs/42_plots.ipynb #plots-flow
 _FIELDS = {"mean": "mean squared input", "max": "strongest channel", "total": "sum of mean squares",
            "entropy_normalized": "entropy, as a share of the largest possible", "active": "share of active channels",
            "zd": "share of channels above mean + std", "cosine": "cosine to the block before"}
 _LOGARITHMIC = ("mean", "max", "total")
+_ORDER = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down") # as data flows through a block; other kinds follow
+
+def _flow(kind: str) -> tuple: # sorts kinds; experts beside the dense matrices of their role
+    plain = kind.removesuffix("_exps").removesuffix("_shexp")
+    return (_ORDER.index(plain) if plain in _ORDER else len(_ORDER), kind)
 
 def importance_grid(matrix: ImportanceMatrix, field: str = "mean") -> tuple: # (kinds, blocks) float64 with NaN for none, names of the kinds
     "A figure of every tensor in the blocks, as a table of kinds and blocks."
     if field not in _FIELDS: raise ArgumentError(f"unknown statistic '{field}'", f"use one of: {', '.join(_FIELDS)}")
     rows = [(t.name.split("."), getattr(t, field)) for t in matrix.statistics() if t.name.startswith("blk.") and t.channels]
     if not rows: raise ArgumentError("the importance matrix has no tensor of a block to draw", "use the matrix of a whole model")
-    kinds = sorted({parts[2] for parts, _ in rows})
+    kinds = sorted({parts[2] for parts, _ in rows}, key=_flow)
     grid = np.full((len(kinds), 1 + max(int(parts[1]) for parts, _ in rows)), np.nan)
     for parts, value in rows: grid[kinds.index(parts[2]), int(parts[1])] = np.nan if value is None else value
     return grid, kinds
@@ -92,11 +98,17 @@ def plot_super_weights(found: SuperWeights,
     for key, label, style in (("largest_output", "largest", "o-"), ("largest_output_zeroed", "without super weights", "s--"), ("ordinary_output", "ordinary", ":")):
         left.plot(blocks, [row[key] for row in found.layers], style, markersize=4, linewidth=1, label=label)
     left.set(yscale="log", xlabel="block", title="output of ffn_down")
+    left.set_xticks(range(0, 1 + max(blocks), 1 + max(blocks) // 16))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_locator(NullLocator())
     left.legend(fontsize=7, frameon=False)
     for layer in sorted({w.layer for w in found.found}):
         own = [w for w in found.found if w.layer == layer]
         right.scatter([w.col for w in own], [w.row for w in own], s=[20 + 60 * min(w.output_ratio / 100, 1) for w in own], label=f"block {layer}", alpha=0.8)
     right.set(xlabel="column", ylabel="row", title="places" if found.found else "none found")
-    if found.found: right.legend(fontsize=7, frameon=False)
+    if found.found:
+        right.set(xlim=(0, 1.15 * max(1, *(w.col for w in found.found))), ylim=(0, 1.15 * max(1, *(w.row for w in found.found))))
+        right.legend(fontsize=7, frameon=False, loc="upper left")
     for axis in (left, right): _plain(axis)
     return figure
