@@ -2,7 +2,8 @@
 
     python benchmarks/encoder_kld.py MODEL IMATRIX TEXT [TYPE ...] [--windows 24] [--ways reference fast best fast:none fast:1]
 
-A way is a search, or a search and how much a weight's own magnitude counts: fast:4 is the default of most types, importance times sqrt(4 + x^2 / mean x^2), fast:none is importance alone.
+A way is a search; after a colon, how much a weight's own magnitude counts: fast:4 is importance times sqrt(4 + x^2 / mean x^2), fast:none is importance alone; after another,
+the factor on the super-scale: fast:4:1.05.
 TEXT must be text that the importance matrix has not seen. All ways are scored on the same windows, so their difference to the first has a standard error of its own.
 Embeddings, output and norms stay as they are.
 """
@@ -24,10 +25,10 @@ from llm_quantize.quality import score_windows
 def fill(model, tensors, checkpoint, imatrix, name, way):
     "Give the model the weights that a file of that type would have; returns the share of tensors' weighted signal lost."
     parameters, lost, encoders = dict(model.named_parameters()), [], (blocks.ENCODERS.copy(), blocks.THOROUGH.copy())
-    search, _, damping = way.partition(":")
-    if damping:
-        for table in (blocks.ENCODERS, blocks.THOROUGH):
-            if name in table: table[name] = replace(table[name], damping=None if damping == "none" else float(damping))
+    search, *changes = way.split(":")
+    changes = {k: None if v == "none" else float(v) for k, v in zip(("damping", "stretch"), changes) if v}
+    for table in (blocks.ENCODERS, blocks.THOROUGH):
+        if name in table: table[name] = replace(table[name], **changes)
     for tensor in tensors:
         x = tensor.load(checkpoint).float().contiguous()
         rows = x.flatten(0, -2)

@@ -260,6 +260,7 @@ class Encoder:
     largest: float       # no weight beyond this can be written
     damping: float | None = 4.0 # how `emphasis` counts large weights; None: importance alone
     short: bool = False  # so little work that it is compiled as one stage
+    stretch: float = 1.0 # what is stored as `d` over what fits best: with few bits a model loses less if its weights do not shrink
 
     def codes(self, x: torch.Tensor, w: torch.Tensor, fields: Fields) -> torch.Tensor: # float32, shape of x
         "The best code of each weight under given scales."
@@ -277,7 +278,9 @@ class Encoder:
 
 @stage
 def _finish(x, w, fields, encoder):
-    return encoder.pack(fields, encoder.codes(x, w, fields))
+    codes = encoder.codes(x, w, fields)
+    if encoder.stretch != 1: fields = {**fields, "d": to_half(fields["d"] * encoder.stretch)}
+    return encoder.pack(fields, codes)
 
 def _encode(x, importance, encoder):
     w = importance if encoder.damping is None else emphasis(x, importance, encoder.damping)
@@ -290,7 +293,7 @@ ENCODERS: dict[str, Encoder] = {}
 THOROUGH: dict[str, Encoder] = {} # where `search="best"` differs
 
 # %% ../nbs/02_blocks.ipynb #blocks-wants-compile
-CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22} # weights at a time; on a CPU, for each of at most 8 threads
+CHUNK = {"cpu": 1 << 18, "gpu": 1 << 24} # weights at a time; on a CPU, for each of at most 8 threads; as it stands, a GPU takes a quarter
 LANES = 64                # blocks side by side in a compiled tile
 COMPILE_FROM = 100_000_000 # weights of one type after which compiling pays for itself
 _seen = Counter()
@@ -315,7 +318,7 @@ def _slabs(x):
 
 def _shape(size, x, compiled):
     "Tiles and lanes of a chunk: as much as suits the device; eager mode takes no more than there is, in one tile."
-    limit = CHUNK["gpu"] if x.device.type != "cpu" else CHUNK["cpu"] * min(8, torch.get_num_threads())
+    limit = CHUNK["gpu"] // (1 if compiled else 4) if x.device.type != "cpu" else CHUNK["cpu"] * min(8, torch.get_num_threads())
     lanes = LANES if compiled else max(1, min(limit, x.numel()) // size)
     return max(1, limit // size // lanes) if compiled else 1, lanes
 
