@@ -75,6 +75,7 @@ class BitNetCheckpoint(Checkpoint):
 
 def plain_weights(checkpoint: Checkpoint) -> Checkpoint:
     "The checkpoint itself, or for a BitNet one whose matrices are packed or still to be rounded, one that gives them as floats."
+    if isinstance(checkpoint, BitNetCheckpoint): return checkpoint
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     own = "BitnetForCausalLM" in (checkpoint.config.get("architectures") or ()) and not method
     return BitNetCheckpoint(checkpoint) if method == "bitnet" or own else checkpoint

@@ -14,6 +14,7 @@ import torch
 
 from .activations import available_memory, quiet_transformers
 from .architectures import architecture, hf_tensors
+from .bitnet import BitNetCheckpoint, plain_weights
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
 from .gguf_model import open_gguf
@@ -28,6 +29,9 @@ def _module(checkpoint: Checkpoint,         # gives config and, without `weights
     "A transformers causal language model in evaluation mode; raises `ConversionError` if weights and module do not fit each other."
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
+    if isinstance(checkpoint, BitNetCheckpoint): # its matrices come as floats, and the inputs of matrices are not rounded
+        weights = weights or {name: checkpoint.tensor(name) for name in checkpoint.names}
+        if hasattr(config, "quantization_config"): del config.quantization_config
     for key, value in changes.items(): setattr(config.get_text_config(), key, value)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConversionError(f"transformers has no causal language model for {type(config).__name__}", "use a text model")
@@ -44,7 +48,7 @@ def load_float(model: "str | Path | Checkpoint",        # directory, Hub id or o
                device: str = "cpu"                      # where to put it
               ):                                        # transformers causal language model
     "The original model as a torch module."
-    return _module(open_checkpoint(model), dtype, device)
+    return _module(plain_weights(open_checkpoint(model)), dtype, device)
 
 # %% ../nbs/38_decoded.ipynb #decoded-metadata-differences
 _SAME = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "expert_count", "rope.freq_base")
@@ -123,7 +127,7 @@ class FloatModel:
     "A Hugging Face directory with float weights, seen as a quantization of a checkpoint: rounded, pruned or otherwise changed."
 
     def __init__(self, checkpoint: Checkpoint, path: "str | Path"):
-        self.checkpoint, self.other = checkpoint, open_checkpoint(path)
+        self.checkpoint, self.other = checkpoint, plain_weights(open_checkpoint(path))
         self.name, self.bytes = self.other.name, self.other.bytes
 
     def check(self) -> None:
@@ -152,7 +156,7 @@ def open_quantized(checkpoint: "str | Path | Checkpoint", # the original
     "A quantized model of whatever kind, checked against its original; raises `ModelNotFoundError` or `ConversionError`."
     path = Path(path).expanduser()
     if not path.exists(): raise ModelNotFoundError(f"no quantized model at {path}", "give a .gguf file or a model directory")
-    model = (FloatModel if path.is_dir() else GGUFModel)(open_checkpoint(checkpoint), path)
+    model = (FloatModel if path.is_dir() else GGUFModel)(plain_weights(open_checkpoint(checkpoint)), path)
     model.check()
     return model
 

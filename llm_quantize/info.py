@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .architectures import architecture
+from .bitnet import plain_weights
 from .checkpoint import open_checkpoint
 from .gguf_model import open_gguf
 
@@ -59,7 +60,7 @@ def info(model: "str | Path" # checkpoint directory, Hub id or GGUF file
         return ModelInfo(name=path.name, kind="gguf", parameters=weights, file_size=file.bytes, bpw=8 * file.bytes / weights,
                          types=dict(Counter(type for type, _ in file.tensors.values()).most_common()),
                          **_from_metadata(file.metadata, file.tensors["token_embd.weight"][1][0]))
-    checkpoint = open_checkpoint(model)
+    checkpoint = plain_weights(open_checkpoint(model))
     family = architecture(checkpoint.config)
     embedding = next(t for t in family.tensors(checkpoint) if t.name == "token_embd.weight")
     return ModelInfo(name=checkpoint.name, kind="huggingface", parameters=checkpoint.parameters, file_size=checkpoint.bytes, bpw=8 * checkpoint.bytes / checkpoint.parameters,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .bitnet import plain_weights
 from .calibration import bundled_text, load_tokenizer, read_text, windows
 from .checkpoint import Checkpoint, open_checkpoint
 from .decoded import FloatModel, GGUFModel, load_float, load_quantized, open_quantized, placement
@@ -246,7 +247,7 @@ def _open_original(original: "str | Path | Checkpoint") -> Checkpoint:
     if not isinstance(original, Checkpoint) and str(original).lower().endswith(".gguf"):
         raise ArgumentError(f"the original is a GGUF file ({Path(original).name}); quality is measured against the model it was made from",
                             "give the Hugging Face directory or Hub id of the original first, then the GGUF files")
-    return open_checkpoint(original)
+    return plain_weights(open_checkpoint(original))
 
 def _judge(checkpoint: Checkpoint, models: list, samples: int, text: "str | Path | None", device: str | None,
            dtype: torch.dtype | None, progress: Callable | None, layers: bool = False) -> list[QualityReport]:

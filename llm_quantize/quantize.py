@@ -21,10 +21,9 @@ import torch
 
 from .architectures import GGUFTensor, architecture
 from .bitnet import BitNetCheckpoint, plain_weights
-from .blocks import ENCODERS
 from .cached_imatrix import cached_imatrix
 from .checkpoint import Checkpoint, open_checkpoint
-from .codec import FLOATS, SEARCHES, dequantize
+from .codec import SEARCHES, dequantize
 from .codec import quantize as encode
 from .errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
 from .gguf_model import gguf_bytes, open_gguf, write_gguf
@@ -96,9 +95,6 @@ def plan_gguf(model: "str | Path | Checkpoint",           # directory, Hub id or
     vocabulary = tokenizer_metadata(checkpoint.path, {**checkpoint.config, "vocab_size": family.vocabulary(checkpoint.config)}, pre=pre)
     plan = _types(checkpoint, quant_level, specs, facts_from_metadata(metadata), imatrix is not None, force, progress)
     specs = {s.name: s for s in specs}
-    missing = sorted({t.type for t in plan.tensors if t.type not in FLOATS and t.type not in ENCODERS})
-    if missing:
-        raise ConversionError(f"{plan.mix} needs {', '.join(missing)}, and this version has no encoder for that yet", "use Q2_K, the smallest type it can write")
     metadata |= {"general.file_type": plan.ftype, "general.quantization_version": 2} | vocabulary
     metadata["general.name"] = _harmless(metadata["general.name"], metadata.get("tokenizer.ggml.tokens", ()))
     return GGUFJob(checkpoint, plan.mix, tuple(specs[t.name] for t in plan.tensors), plan, metadata, bool(plan.needs_imatrix) and imatrix is None)

@@ -15,6 +15,8 @@ from llm_quantize.bitnet import BitNetCheckpoint, plain_weights, round_masters, 
 from llm_quantize.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ConversionError
 from llm_quantize.gguf_model import open_gguf
+from llm_quantize.info import info
+from llm_quantize.quality import quality_report
 from llm_quantize.quantize import plan_gguf, quantize
 
 integration = pytest.importorskip("transformers.integrations.bitnet", reason="needs transformers with BitNet")
@@ -176,6 +178,16 @@ def test_ternary_files_lose_nothing(masters, tmp_path, form, level):
         if planned.type.startswith("TQ"):
             meant, got = spec.load(job.checkpoint).float(), file.decode(spec.name).view(spec.shape)
             assert torch.equal(got, meant.half().float()), spec.name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quality_and_info_read_every_form(masters, tmp_path, form):
+    "The original of a comparison may be packed; the ternary file differs from it by the rounding of the scales and of the embedding."
+    folder = variant(masters, tmp_path / "bitnet", *FORMS[form])
+    path = quantize(folder, "gguf", "TERNARY", output_dir=tmp_path, device="cpu").output_path
+    metrics = quality_report(folder, path, calibration_samples=2).to_dict()["metrics"]
+    assert metrics["kld_mean"] < 1e-3 and metrics["top1_agreement"] > 0.97
+    assert info(folder).parameters == info(masters).parameters
 
 
 def test_masters_without_rounding_are_not_ternary(masters):
