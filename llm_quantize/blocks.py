@@ -260,7 +260,7 @@ class Encoder:
     largest: float       # no weight beyond this can be written
     damping: float | None = 4.0 # how `emphasis` counts large weights; None: importance alone
     short: bool = False  # so little work that it is compiled as one stage
-    stretch: float = 1.0 # what is stored as `d` over what fits best: with few bits a model loses less if its weights do not shrink
+    stretch: float = 1.0 # most that `d` may be stored larger than it fits best: with few bits a model loses less if its weights do not shrink
 
     def codes(self, x: torch.Tensor, w: torch.Tensor, fields: Fields) -> torch.Tensor: # float32, shape of x
         "The best code of each weight under given scales."
@@ -279,7 +279,10 @@ class Encoder:
 @stage
 def _finish(x, w, fields, encoder):
     codes = encoder.codes(x, w, fields)
-    if encoder.stretch != 1: fields = {**fields, "d": to_half(fields["d"] * encoder.stretch)}
+    if encoder.stretch > 1:
+        wx = w * x
+        lost = 1 - ratio((wx * encoder.weights(fields, codes)).sum((-3, -2)), (wx * x).sum((-3, -2))) # how much weights shrink, weighted by what they are
+        fields = {**fields, "d": to_half(fields["d"] * (1 + (lost / 2).clamp(0, encoder.stretch - 1)))}
     return encoder.pack(fields, codes)
 
 def _encode(x, importance, encoder):

@@ -263,6 +263,7 @@ _BEGINNINGS = {
     (1, 3, 5, 7, 9, 11, 13, 15): ((0.85, 0.92, 1.0, 1.08), (0.6, 0.7, 0.78, 0.84, 0.9, 0.95, 1.0, 1.05, 1.1, 15.0)),
     (-1, 0, 1): ((0.5, 0.65, 0.8), (0.4, 0.5, 0.58, 0.66, 0.74, 0.85, 1.0)),
 }
+_STRETCH = {"IQ1_S": 1.09, "IQ1_M": 1.075, "IQ2_XXS": 1.045, "IQ2_XS": 1.035, "IQ2_S": 1.025, "IQ3_XXS": 1.012, "IQ3_S": 1.007} # about half of what each loses
 _SIGNS = {"IQ2_XXS": "parity", "IQ2_XS": "parity", "IQ3_XXS": "parity", "IQ2_S": "free", "IQ3_S": "free", "IQ1_S": "none", "IQ1_M": "none"}
 
 def _grid_encoder(name, thorough):
@@ -275,6 +276,6 @@ def _grid_encoder(name, thorough):
     starts = tuple(values[-1] / share for share in _BEGINNINGS[values][thorough])
     moves, rounds = ((0, -1, 1, -2, 2), 3) if thorough else ((0, -1, 1), 1)
     search = partial(grid_search, grid=grid, limits=(unit, (2 * last + 1) * unit, 2 * unit), ends=starts, super_ends=tops, moves=moves, rounds=rounds)
-    return Encoder(groups, elements, grid, search, steps, pack, unpack, 65504.0 * (2 * last + 1) * unit * grid.high)
+    return Encoder(groups, elements, grid, search, steps, pack, unpack, 65504.0 * (2 * last + 1) * unit * grid.high, stretch=_STRETCH[name])
 
 for _name in LAYOUTS: ENCODERS[_name], THOROUGH[_name] = _grid_encoder(_name, False), _grid_encoder(_name, True)
