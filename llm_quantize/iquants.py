@@ -259,8 +259,8 @@ ENCODERS["IQ4_XS"] = Encoder(8, 32, _TABLE, _search, steps, pack_iq4_xs, unpack_
 _BEGINNINGS = {
     # values: starts, as shares of the step that puts the largest weight on the last value; the same for `best`
     (8, 25, 43): ((0.6, 0.75, 0.9, 1.05), (0.55, 0.62, 0.7, 0.78, 0.86, 0.93, 1.0, 1.1, 1.72, 5.375)),
-    (4, 12, 20, 28, 36, 44, 52, 62): ((0.85, 0.92, 1.0, 1.08), (0.6, 0.7, 0.78, 0.84, 0.9, 0.95, 1.0, 1.05, 1.1, 15.5)),
-    (1, 3, 5, 7, 9, 11, 13, 15): ((0.85, 0.92, 1.0, 1.08), (0.6, 0.7, 0.78, 0.84, 0.9, 0.95, 1.0, 1.05, 1.1, 15.0)),
+    (4, 12, 20, 28, 36, 44, 52, 62): ((0.85, 0.92, 1.0, 1.08), (0.66, 0.76, 0.84, 0.9, 0.96, 1.02, 1.09, 15.5)),
+    (1, 3, 5, 7, 9, 11, 13, 15): ((0.85, 0.92, 1.0, 1.08), (0.66, 0.76, 0.84, 0.9, 0.96, 1.02, 1.09, 15.0)),
     (-1, 0, 1): ((0.5, 0.65, 0.8), (0.4, 0.5, 0.58, 0.66, 0.74, 0.85, 1.0)),
 }
 _STRETCH = {"IQ1_S": 1.09, "IQ1_M": 1.075, "IQ2_XXS": 1.045, "IQ2_XS": 1.035, "IQ2_S": 1.025, "IQ3_XXS": 1.012, "IQ3_S": 1.007} # about half of what each loses
@@ -274,8 +274,7 @@ def _grid_encoder(name, thorough):
     last, unit = 7 if values[0] < 0 else 15, 1 / _SHAPES[name][4]
     tops = tuple((2 * k + 1) * unit for k in range(last, last // 4, -1))
     starts = tuple(values[-1] / share for share in _BEGINNINGS[values][thorough])
-    moves, rounds = ((0, -1, 1, -2, 2), 3) if thorough else ((0, -1, 1), 1)
-    search = partial(grid_search, grid=grid, limits=(unit, (2 * last + 1) * unit, 2 * unit), ends=starts, super_ends=tops, moves=moves, rounds=rounds)
+    search = partial(grid_search, grid=grid, limits=(unit, (2 * last + 1) * unit, 2 * unit), ends=starts, super_ends=tops, moves=(0, -1, 1), rounds=2 if thorough else 1)
     return Encoder(groups, elements, grid, search, steps, pack, unpack, 65504.0 * (2 * last + 1) * unit * grid.high, stretch=_STRETCH[name])
 
 for _name in LAYOUTS: ENCODERS[_name], THOROUGH[_name] = _grid_encoder(_name, False), _grid_encoder(_name, True)
