@@ -6,7 +6,7 @@
 __all__ = ['grid_points', 'near_points', 'Grid', 'lay', 'grid_search']
 
 # %% ../nbs/06_grids.ipynb #grids-from-dataclasses-import-data
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import gguf
@@ -182,25 +182,17 @@ class _Laying:
         shift = grid.shift
         def moved(p, q, sg, sx, sw, d): return p + d * sx, q + 2 * d * sg + d * d * sw
         lift = (sx.unsqueeze(-2), sw.unsqueeze(-2))
-        if grid.shared: numbers = [_last_digit(self.key(*moved(p, q, sg, *lift, d), self.number, n), n) for d in (-shift, shift)]
+        down, up = (self.key(*moved(p, q, sg, *lift, d), self.number + k, 2 * n) for d, k in ((-shift, 0), (shift, n)))
+        if grid.shared: # the keys tell the errors with both shifts to a few parts in a hundred thousand of the signal
+            higher = (ratio(up - down, self.unit).sum(-2, keepdim=True) < 0).expand_as(down)
+            number = _last_digit(torch.where(higher, up, down), 2 * n)
         else:
-            down, up = (self.key(*moved(p, q, sg, *lift, d), self.number + k, 2 * n) for d, k in ((-shift, 0), (shift, n)))
             number = _last_digit(torch.minimum(down, up), 2 * n)
             higher = number >= n
-            packed, p, q, sg = self.point(torch.where(higher, number - n, number))
-            d = torch.where(higher, shift, -shift)
-            p, q = moved(p, q, sg, sx, sw, d)
-            return packed, d, p.sum(-2), q.sum(-2)
-        ends = []
-        for d, number in zip((-shift, shift), numbers):
-            packed, p, q, sg = self.point(number)
-            p, q = moved(p, q, sg, sx, sw, d)
-            ends.append((packed, p.sum(-2), q.sum(-2)))
-        (packed, p, q), (packed1, p1, q1) = ends
-        step = self.step.squeeze(-2)
-        higher = step * (step * (q1 - q) - 2 * (p1 - p)) < 0
-        wide = higher.unsqueeze(-2).expand_as(packed)
-        return torch.where(wide, packed1, packed), torch.where(wide, shift, -shift), torch.where(higher, p1, p), torch.where(higher, q1, q)
+        packed, p, q, sg = self.point(torch.where(higher, number - n, number))
+        d = torch.where(higher, shift, -shift)
+        p, q = moved(p, q, sg, sx, sw, d)
+        return packed, d, p.sum(-2), q.sum(-2)
 
 @stage
 def _codes(x, w, packed, extra, grid):
@@ -245,7 +237,8 @@ def _better(error, d, scales, old_error, old_d, old_scales):
     return keep(error < old_error, (error, d, scales), (old_error, old_d, old_scales))
 
 def grid_search(x: torch.Tensor, w: torch.Tensor, # (..., groups, elements, blocks)
-                grid: Grid,
+                grid: Grid,                       # with as many points as the moves try
+                few: int,                         # points that the starts try
                 limits: tuple,                    # as `storable` of scales takes them
                 ends: tuple,                      # values that the weight of largest magnitude is tried on
                 super_ends: tuple,                # numbers that the largest scale is tried on
@@ -254,7 +247,7 @@ def grid_search(x: torch.Tensor, w: torch.Tensor, # (..., groups, elements, bloc
                 ) -> Fields:
     "Super-scale `d` and numbers `scales` for weights stored as d * scale * value of a grid."
     steps, inverses = _first_steps(x, ends)
-    sums = [lay(x, w, steps[..., i, :], inverses[..., i, :], grid)[2:] for i in range(len(ends))]
+    sums = [lay(x, w, steps[..., i, :], inverses[..., i, :], replace(grid, count=few))[2:] for i in range(len(ends))]
     step, q = _fitted(*(torch.stack(v, -2) for v in zip(*sums)))
     d, scales = super_scale(step, q, limits, super_ends)
     best = None

@@ -7,7 +7,8 @@ __all__ = ['LAYOUTS', 'point_indices', 'points_at', 'pack_iq2_xxs', 'unpack_iq2_
            'pack_iq2_s', 'unpack_iq2_s', 'pack_iq3_xxs', 'unpack_iq3_xxs', 'pack_iq3_s', 'unpack_iq3_s', 'pack_iq1_s',
            'unpack_iq1_s', 'pack_iq1_m', 'unpack_iq1_m', 'pack_iq4_xs', 'unpack_iq4_xs']
 
-# %% ../nbs/07_iquants.ipynb #iquants-from-functools-import-lru-ca
+# %% ../nbs/07_iquants.ipynb #iquants-from-dataclasses-import-repl
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -261,7 +262,13 @@ _BEGINNINGS = {
     (8, 25, 43): ((0.6, 0.75, 0.9, 1.05), (0.55, 0.62, 0.7, 0.78, 0.86, 0.93, 1.0, 1.1, 1.72, 5.375)),
     (4, 12, 20, 28, 36, 44, 52, 62): ((0.85, 0.92, 1.0, 1.08), (0.66, 0.76, 0.84, 0.9, 0.96, 1.02, 1.09, 15.5)),
     (1, 3, 5, 7, 9, 11, 13, 15): ((0.85, 0.92, 1.0, 1.08), (0.66, 0.76, 0.84, 0.9, 0.96, 1.02, 1.09, 15.0)),
-    (-1, 0, 1): ((0.5, 0.65, 0.8), (0.4, 0.5, 0.58, 0.66, 0.74, 0.85, 1.0)),
+    (-1, 0, 1): ((0.5, 0.65), (0.45, 0.55, 0.65, 0.75, 0.9)),
+}
+_POINTS = {
+    # values: points near a cell that are tried by the starts, the moves and the last pick; the same for `best`
+    (8, 25, 43): ((8, 8, 32), (8, 32, 32)),
+    (4, 12, 20, 28, 36, 44, 52, 62): ((8, 8, 8), (8, 32, 32)), (1, 3, 5, 7, 9, 11, 13, 15): ((8, 8, 16), (8, 32, 32)),
+    (-1, 0, 1): ((4, 8, 16), (8, 32, 64)),
 }
 _STRETCH = {"IQ1_S": 1.09, "IQ1_M": 1.075, "IQ2_XXS": 1.045, "IQ2_XS": 1.035, "IQ2_S": 1.025, "IQ3_XXS": 1.012, "IQ3_S": 1.007} # about half of what each loses
 _SIGNS = {"IQ2_XXS": "parity", "IQ2_XS": "parity", "IQ3_XXS": "parity", "IQ2_S": "free", "IQ3_S": "free", "IQ1_S": "none", "IQ1_M": "none"}
@@ -270,11 +277,12 @@ def _grid_encoder(name, thorough):
     "The encoder of a type with a grid."
     groups, elements, pack, unpack = LAYOUTS[name]
     values = tuple(int(v) for v in grid_points(name).unique())
-    grid = Grid(name, values, _SHAPES[name][2], _SIGNS[name], 0.125 if values[0] < 0 else 0.0, name == "IQ1_S", 32 if thorough else 8)
+    few, some, many = _POINTS[values][thorough]
+    grid = Grid(name, values, _SHAPES[name][2], _SIGNS[name], 0.125 if values[0] < 0 else 0.0, name == "IQ1_S", many)
     last, unit = 7 if values[0] < 0 else 15, 1 / _SHAPES[name][4]
     tops = tuple((2 * k + 1) * unit for k in range(last, last // 4, -1))
     starts = tuple(values[-1] / share for share in _BEGINNINGS[values][thorough])
-    search = partial(grid_search, grid=grid, limits=(unit, (2 * last + 1) * unit, 2 * unit), ends=starts, super_ends=tops, moves=(0, -1, 1), rounds=2 if thorough else 1)
+    search = partial(grid_search, grid=replace(grid, count=some), few=few, limits=(unit, (2 * last + 1) * unit, 2 * unit), ends=starts, super_ends=tops, moves=(0, -1, 1), rounds=2 if thorough else 1)
     return Encoder(groups, elements, grid, search, steps, pack, unpack, 65504.0 * (2 * last + 1) * unit * grid.high, stretch=_STRETCH[name])
 
 for _name in LAYOUTS: ENCODERS[_name], THOROUGH[_name] = _grid_encoder(_name, False), _grid_encoder(_name, True)
