@@ -66,7 +66,7 @@ def test_many_tensors_in_coarse_cells(monkeypatch):
     fine = allocate(choices, target)
     monkeypatch.setattr(allocation, "CELLS", 15_000)
     coarse = allocate(choices, target)
-    assert 0.995 * target <= coarse.bytes <= target and fine.cost <= coarse.cost <= 1.05 * fine.cost
+    assert 0.995 * target <= coarse.bytes <= target and fine.cost <= coarse.cost <= 1.15 * fine.cost
 
 
 def test_the_smallest_possible_file_is_reached_exactly(monkeypatch):
