@@ -112,3 +112,33 @@ def test_floors_hold_the_ends_up():
 @pytest.mark.parametrize("bad", [{"pattern": "("}, {"pattern": None}, {"pattern": "x", "least": "Q9"}, {"pattern": "x", "type": 4}])
 def test_rules_without_sense_are_refused(bad):
     with pytest.raises(ProfileError): Rule(**bad)
+
+
+# ---- polish ------------------------------------------------------------------------------------------------
+
+def test_polish_finds_what_the_prediction_had_wrong():
+    import numpy as np
+    choices = model(blocks=4)
+    wrong = lambda name: 4 if "ffn_down" in name else 1
+    true = {c.name: {t: cost * wrong(c.name) for t, cost in c.costs.items()} for c in choices}
+    noise = np.random.default_rng(0).normal(0, 1e-6, 200)
+    measured = []
+    def measure(types):
+        measured.append(dict(types))
+        return np.full(200, sum(true[n][t] for n, t in types.items())) + noise
+    target = 6_000_000
+    best, record = allocation.polish(choices, lambda cs: allocate(cs, target), measure, 40)
+    assert record[0].group == "as predicted" and len(record) == len(measured) <= 40
+    assert sum(true[n][t] for n, t in best.types.items()) == pytest.approx(min(r.kld for r in record), rel=1e-4)
+    assert min(r.kld for r in record) < 0.97 * record[0].kld
+    assert len({tuple(m.values()) for m in measured}) == len(measured), "nothing is measured twice"
+
+
+def test_polish_keeps_nothing_that_noise_could_explain():
+    import numpy as np
+    rng = np.random.default_rng(1)
+    choices = model(blocks=2)
+    best, record = allocation.polish(choices, lambda cs: allocate(cs, 3_000_000), lambda types: rng.normal(1, 1, 50), 25)
+    assert sum(r.kept for r in record[1:]) <= 8
+    for r in record[1:]: assert r.kept == (r.gain > r.error)
+    assert allocation.polish(choices, lambda cs: allocate(cs, 3_000_000), lambda types: 1 / 0, 0)[1] == ()
