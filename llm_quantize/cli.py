@@ -187,6 +187,10 @@ def _show_quantized(result) -> None:
     for row in result.by_type():
         table.add_row(row["type"], str(row["tensors"]), f"{row['weights']:,}", f"{row['bytes']:,}", f"{row['error']:.2e}")
     console.print(table)
+    if result.error_feedback:
+        found = result.error_feedback
+        console.print(f"error feedback in {found['tensors']} tensors from {found['windows']} windows", soft_wrap=True)
+        if "kld_after_tuning" in found: console.print(f"tuned: KL divergence {found['kld_before_tuning']:.4g} -> {found['kld_after_tuning']:.4g} on text kept apart", soft_wrap=True)
 
 def _show_plan(job) -> None:
     from rich.table import Table
@@ -208,6 +212,11 @@ def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpo
              calibration_data: Annotated[Optional[str], typer.Option(help="text to compute it from: .txt, .json, .jsonl, a directory of such, or wikitext; default: the bundled one")] = None,
              calibration_samples: Annotated[int, typer.Option(min=1, help="windows of 512 tokens of that text, at most")] = 256,
              search: Annotated[str, typer.Option(help="how hard the encoders look; reference does as llama.cpp", metavar="fast|best|reference")] = "fast",
+             error_feedback: Annotated[bool, typer.Option("--error-feedback", help="errors make up for each other: closer to the original at the same size, slower")] = False,
+             effort: Annotated[str, typer.Option(help="how much text error feedback reads", metavar="quick|default|thorough")] = "default",
+             checkpoint_dir: Annotated[Optional[Path], typer.Option(help="where error feedback keeps finished layers; default ./.checkpoint")] = None,
+             no_checkpoints: Annotated[bool, typer.Option("--no-checkpoints", help="keep none")] = False,
+             resume: Annotated[Optional[Path], typer.Option(help="such a directory, to go on from")] = None,
              force: Annotated[bool, typer.Option("--force", help="write a ternary type even if the model is not ternary")] = False,
              pre: Annotated[Optional[str], typer.Option(help="name of the pre-tokenizer, where it is not recognised")] = None,
              max_shard_size: Annotated[Optional[str], typer.Option(help="split the output into files no larger than this: 2G, 500M")] = None,
@@ -218,9 +227,11 @@ def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpo
     if dry_run:
         output.show(plan_gguf(model, quant_level, imatrix=load_importance(imatrix), pre=pre, force=force), _show_plan)
         return
+    kept = None if no_checkpoints else checkpoint_dir or os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint"
     with _progress("quantizing") as progress:
         result = run(model, format, quant_level, output_dir=output_dir, output_name=output_name, imatrix=imatrix, calibration_data=calibration_data,
-                     calibration_samples=calibration_samples, search=search, force=force, pre=pre, max_shard_size=shard, progress=progress)
+                     calibration_samples=calibration_samples, search=search, error_feedback=error_feedback, effort=effort,
+                     checkpoint_dir=kept, resume=resume, force=force, pre=pre, max_shard_size=shard, progress=progress)
     output.show(result, _show_quantized)
 
 # %% ../nbs/50_cli.ipynb #cli-quality-report-verb

@@ -25,6 +25,7 @@ from .cached_imatrix import cached_imatrix
 from .checkpoint import Checkpoint, open_checkpoint
 from .codec import SEARCHES, dequantize
 from .codec import quantize as encode
+from .encode_ahead import EncodedAhead, encode_ahead, find_effort
 from .errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
 from .gguf_model import gguf_bytes, open_gguf, write_gguf
 from .imatrix import ImportanceMatrix
@@ -165,6 +166,7 @@ class QuantizationResult:
     quality_report: dict | None = None
     search: str = "fast"        # how hard the encoders looked
     imatrix: str | None = None  # "given", "computed", or None: without importance
+    error_feedback: dict | None = None # what error feedback did, if it was asked for
 
     def __repr__(self) -> str:
         return f"QuantizationResult({Path(self.output_path).name}: {self.file_size:,} bytes, {self.effective_bpw:.3f} bits per weight)"
@@ -201,7 +203,8 @@ class QuantizationResult:
     def to_dict(self) -> dict:
         "The JSON object of `llm-quantize --format json quantize`."
         return {"status": "success", "output_path": self.output_path, "files": list(self.files), "format": self.format, "quantization_level": self.quantization_level,
-                "profile": self.profile, "search": self.search, "imatrix": self.imatrix, "layer_summary": self.layer_summary(), "tensors": list(self.tensors), "effective_bpw": self.effective_bpw,
+                "profile": self.profile, "search": self.search, "imatrix": self.imatrix, "error_feedback": self.error_feedback,
+                "layer_summary": self.layer_summary(), "tensors": list(self.tensors), "effective_bpw": self.effective_bpw,
                 "compression_ratio": self.compression_ratio, "file_size": self.file_size, "quality_report": self.quality_report,
                 "duration_seconds": self.duration_seconds, "peak_memory_bytes": self.peak_memory_bytes, "validation_status": self.validation_status,
                 "metadata": {"original_dtype": self.original_dtype, "original_size": self.original_size, "parameters": self.parameters,
@@ -215,7 +218,7 @@ class QuantizationResult:
 # %% ../nbs/34_quantize.ipynb #quantize-output-path
 _OTHER_FORMATS = ("smoothquant", "awq", "gptq")
 
-def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | None) -> Path:
+def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | None) -> Path: # its directory is made
     "Where the file goes; refuses a place that cannot be written to, before hours of work and not after."
     stem = name or f"{checkpoint.name}-{level}.gguf"
     if Path(stem).name != stem: raise ArgumentError(f"the output name '{stem}' contains a directory", "give the directory with --output-dir")
@@ -224,7 +227,20 @@ def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | N
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not there.is_dir(): raise LLMQuantizeError(f"cannot make the directory {folder}: {there} is a file", "choose a directory you may write to")
     if not os.access(there, os.W_OK): raise LLMQuantizeError(f"the directory {there} cannot be written to", "choose a directory you may write to")
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise LLMQuantizeError(f"cannot make the directory {folder}: {error.strerror}", "choose a directory you may write to") from None
     return path
+
+def _check_options(format: str, search: str, effort: str, samples: int, error_feedback: bool, resume) -> tuple: # search and effort, in lower case
+    "Refuse what cannot be done, before anything is read."
+    if format in _OTHER_FORMATS: raise ConversionError(f"the format {format} is not available in this version", "use gguf")
+    if format != "gguf": raise ArgumentError(f"unknown format '{format}'", "use gguf")
+    search = check_search(search)
+    find_effort(effort)
+    if samples < 1: raise ArgumentError(f"--calibration-samples is {samples}", "use 1 or more; 256 is usual")
+    if error_feedback and search == "reference": raise ArgumentError("llama.cpp's own encoder has no error feedback", "use --search fast or best, or leave out --error-feedback")
+    if resume is not None and not error_feedback: raise ArgumentError("only a run with --error-feedback keeps checkpoints to resume from", "leave out --resume: plain encoding takes seconds")
+    return search, str(effort).lower()
 
 def load_importance(imatrix: "str | Path | ImportanceMatrix | None") -> ImportanceMatrix | None:
     "The importance matrix of that file; None and a loaded one are passed through."
@@ -251,10 +267,10 @@ def _computed_imatrix(job: GGUFJob, data: "str | Path | None", samples: int, dev
     tell = (lambda done, total, speed="": progress(done, total, f"importance matrix {speed}".rstrip())) if progress else None
     return cached_imatrix(job.checkpoint, calibration_data=data, calibration_samples=samples, device=device, progress=tell)
 
-def _check_importance(job: GGUFJob, imatrix: ImportanceMatrix | None) -> None:
+def _check_importance(job: GGUFJob, imatrix: ImportanceMatrix | None, ahead: frozenset = frozenset()) -> None:
     "Raise `ImatrixError` before anything is written if the matrix does not fit the model, or lacks what a type needs."
     found = {spec.name for spec in job.specs if _importance(imatrix, spec) is not None}
-    absent = [name for name in job.plan.needs_imatrix if name not in found]
+    absent = [name for name in job.plan.needs_imatrix if name not in found and name not in ahead]
     if absent:
         raise ImatrixError(f"the importance matrix has no entry for {len(absent)} tensors whose types need one, first: {absent[0]} as {job.plan[absent[0]].type}",
                            "use an imatrix of this very model, or none: then it is computed")
@@ -266,6 +282,10 @@ def _validate(path: Path, infos: list) -> str:
     if wrong or len(found) != len(infos):
         raise ValidationError(f"{path.name} does not hold what was planned: {(wrong or sorted(set(found) - {i[0] for i in infos}))[0]}", "report this as a bug; the file is kept")
     return "passed"
+
+def _usual_dtype(checkpoint: Checkpoint) -> str:
+    "The dtype most tensors have."
+    return Counter(str(checkpoint.dtype(n)).removeprefix("torch.") for n in checkpoint.names).most_common(1)[0][0]
 
 def _peak_memory() -> int: # bytes
     "Largest resident set of this process. The figure of getrusage would also count the process that started it."
@@ -283,6 +303,10 @@ def quantize(model: "str | Path | Checkpoint",                        # director
              calibration_data: "str | Path | None" = None,            # text to compute it from; default: the bundled one
              calibration_samples: int = 256,                          # windows of 512 tokens of that text, at most
              search: str = "fast",                                    # how hard encoders look: fast, best, or reference, which does as llama.cpp
+             error_feedback: bool = False,                            # errors of a row make up for each other; far better below five bits, and slower
+             effort: str = "default",                                 # how much text error feedback gets: quick, default, thorough
+             checkpoint_dir: "str | Path | None" = None,              # where finished layers are kept meanwhile; default: nowhere
+             resume: "str | Path | None" = None,                      # such a directory, to go on from
              force: bool = False,                                     # ternary types also for a model that is not ternary
              pre: str | None = None,                                  # name of the pre-tokenizer, where it cannot be recognised
              max_shard_size: int | None = None,                       # bytes; split the output in files no larger
@@ -291,35 +315,38 @@ def quantize(model: "str | Path | Checkpoint",                        # director
             ) -> QuantizationResult:
     "Quantize a model; raises the exceptions of `errors` and leaves no unfinished file under the final name."
     start = time.monotonic()
-    if format != "gguf":
-        if format in _OTHER_FORMATS: raise ConversionError(f"the format {format} is not available in this version", "use gguf")
-        raise ArgumentError(f"unknown format '{format}'", "use gguf")
-    search, imatrix = check_search(search), load_importance(imatrix)
-    if calibration_samples < 1: raise ArgumentError(f"--calibration-samples is {calibration_samples}", "use 1 or more; 256 is usual")
+    search, effort, imatrix = *_check_options(format, search, effort, calibration_samples, error_feedback, resume), load_importance(imatrix)
     job = plan_gguf(model, quant_level, imatrix=imatrix, pre=pre, force=force, progress=progress)
     path = _output_path(job.checkpoint, job.level, Path(output_dir), output_name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for limit in architecture(job.checkpoint.config).limits(job.checkpoint.config): logger.warning("%s", limit)
-    origin = "given" if imatrix is not None else "computed" if job.lacks_imatrix else None
-    if job.lacks_imatrix: imatrix = _computed_imatrix(job, calibration_data, calibration_samples, device, progress)
-    _check_importance(job, imatrix)
-    run = _Run(job, imatrix, where, progress, search)
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise LLMQuantizeError(f"cannot make the directory {path.parent}: {error.strerror}", "choose a directory you may write to") from None
+    origin = "given" if imatrix is not None else "computed" if job.lacks_imatrix and not error_feedback else None
+    if origin == "computed": imatrix = _computed_imatrix(job, calibration_data, calibration_samples, device, progress)
+    ahead = EncodedAhead({}, {}, {})
+    if error_feedback: ahead = _ahead(job, imatrix, where, search, effort, calibration_data, checkpoint_dir, resume, progress)
+    _check_importance(job, imatrix, frozenset(ahead.encoded))
+    run = _Run(job, imatrix, where, progress, search, ahead)
     files = write_gguf(path, job.metadata, job.infos, run.produce, max_shard_bytes=max_shard_size)
-    status = _validate(files[0], job.infos)
-    dtypes = Counter(str(job.checkpoint.dtype(n)).removeprefix("torch.") for n in job.checkpoint.names)
-    return QuantizationResult(
-        output_path=str(files[0]), files=tuple(map(str, files)), format=format, quantization_level=job.level, tensors=tuple(run.records),
-        file_size=sum(f.stat().st_size for f in files), parameters=job.checkpoint.parameters,
-        original_dtype=dtypes.most_common(1)[0][0], original_size=job.checkpoint.bytes, duration_seconds=time.monotonic() - start,
-        peak_memory_bytes=_peak_memory(), validation_status=status, search=search, imatrix=origin)
+    result = QuantizationResult(str(files[0]), format, job.level, tuple(run.records), files=tuple(map(str, files)),
+        file_size=sum(f.stat().st_size for f in files), parameters=job.checkpoint.parameters, original_dtype=_usual_dtype(job.checkpoint), original_size=job.checkpoint.bytes,
+        duration_seconds=time.monotonic() - start, peak_memory_bytes=_peak_memory(), validation_status=_validate(files[0], job.infos),
+        search=search, imatrix=origin, error_feedback=ahead.notes or None)
+    ahead.discard()
+    return result
+
+def _ahead(job: GGUFJob, imatrix: ImportanceMatrix | None, where: torch.device, search: str, effort: str, data, checkpoint_dir, resume, progress) -> EncodedAhead:
+    "The tensors that error feedback encodes before the file is begun; raises `ConversionError` for a model that cannot be run as its checkpoint is."
+    if isinstance(job.checkpoint, BitNetCheckpoint): raise ConversionError("error feedback runs the model, and a BitNet checkpoint is not run here", "use -q TERNARY, which loses nothing")
+    types = {t.name: t.type for t in job.plan.tensors}
+    importance = lambda spec: None if (found := _importance(imatrix, spec)) is None else found.reshape(-1, spec.shape[-1])[0]
+    return encode_ahead(job.checkpoint, list(job.specs), types, importance=importance, effort=effort, search=search, calibration_data=data, device=str(where),
+                        checkpoint_dir=resume if resume is not None else checkpoint_dir, resume=resume is not None, progress=progress)
 
 class _Run:
     "The producer that the writer asks for one tensor after another; keeps the record of each."
 
-    def __init__(self, job: GGUFJob, imatrix: ImportanceMatrix | None, device: torch.device, progress: Callable | None, search: str):
-        self.job, self.imatrix, self.device, self.progress, self.search = job, imatrix, device, progress, search
+    def __init__(self, job: GGUFJob, imatrix: ImportanceMatrix | None, device: torch.device, progress: Callable | None, search: str, ahead: EncodedAhead):
+        self.job, self.imatrix, self.device, self.progress, self.search, self.ahead = job, imatrix, device, progress, search, ahead
         self.records, self.done, self.total = [], 0, sum(torch.Size(s.shape).numel() for s in job.specs)
 
     def produce(self, index: int) -> torch.Tensor:
@@ -327,7 +354,8 @@ class _Run:
         if self.progress: self.progress(self.done, self.total, spec.name)
         weights = spec.load(self.job.checkpoint)
         check_finite(spec.name, weights)
-        data = encode_tensor(weights, planned.type, _importance(self.imatrix, spec), self.device, self.search)
+        data = self.ahead.encoded.get(spec.name)
+        if data is None: data = encode_tensor(self.ahead.norms.get(spec.name, weights), planned.type, _importance(self.imatrix, spec), self.device, self.search)
         error = relative_error(weights, data, planned.type)
         self.records.append({"name": spec.name, "type": planned.type, "weights": weights.numel(), "bpw": QTYPES[planned.type].bpw,
                              "bytes": data.numel(), "error": error})
