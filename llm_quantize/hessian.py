@@ -57,11 +57,11 @@ def layer_groups(inputs: list,            # Inputs, from `layer_inputs`
                  room: float              # bytes for second moments
                  ) -> list:               # lists of Inputs
     "Inputs in groups whose moments fit, whole layers together; a layer too large for the room has a group of its own."
-    groups, used = [], float("inf")
+    groups, used = [], 0
     for layer in sorted({read.layer for read in inputs}):
         mine = [read for read in inputs if read.layer == layer]
         size = sum(4 * len(read.names) * read.matrices * read.columns ** 2 for read in mine)
-        if used + size > room:
+        if not groups or used + size > room:
             groups.append([])
             used = 0
         groups[-1] += mine
