@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PRESETS', 'SUFFIX', 'Target', 'make_target', 'Profile', 'profile_dir', 'list_profiles', 'choose_types',
-           'make_plan', 'Fit', 'facts_of', 'check_fit', 'type_map']
+           'make_plan', 'Resolution', 'sensitivity_path', 'resolve', 'Fit', 'facts_of', 'check_fit', 'type_map']
 
 # %% ../nbs/29_profiles.ipynb #profiles-import-json
 import json
@@ -12,13 +12,22 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .allocation import Allocation, Choice, Rule, allocate, allocate_blocks, apply_rules, default_floors, fitting
+import torch
+
+from .allocation import Allocation, Choice, Rule, allocate, allocate_blocks, apply_rules, default_floors, fitting, polish
+from .architectures import GGUFTensor
+from .cached_imatrix import imatrix_cache
+from .checkpoint import Checkpoint
+from .codec import dequantize
 from .errors import ArgumentError, ProfileError
+from .imatrix import ImportanceMatrix
 from .qtypes import nearest, qtype
 from .recipes import MIXES, Plan, PlannedTensor, _kept
+from .sensitivity import Probe, Sensitivity, candidate_types, encoded_as, find_effort, imatrix_hash, measure_sensitivity, texts
 
 # %% ../nbs/29_profiles.ipynb #profiles-target
 @dataclass(frozen=True)
@@ -193,6 +202,58 @@ def make_plan(types: dict,    # GGUF name -> type
             needs = qtype(type).needs_imatrix and not name.startswith(("token_embd", "output"))
             lines.append(PlannedTensor(name, tuple(shape), type, why if type == wanted else f"{why}; not {wanted}, as rows of {shape[-1]} do not divide by {qtype(wanted).block_size}", needs))
     return Plan("dynamic", _file_type(types, tensors), tuple(lines), True)
+
+# %% ../nbs/29_profiles.ipynb #profiles-resolution
+@dataclass(frozen=True)
+class Resolution:
+    "The types of a model, and how they were found."
+    allocation: Allocation
+    sensitivity: Sensitivity
+    trials: tuple      # of allocation.Trial: what was tried on the whole model
+
+    def to_dict(self) -> dict:
+        "The facts for a report."
+        kept = [t for t in self.trials if t.kept]
+        return {"target_size": self.allocation.target, "predicted_kld": self.allocation.cost, "rank_correlation": self.sensitivity.correlation(),
+                "kld_as_predicted": self.trials[0].kld if self.trials else None, "kld_selected": kept[-1].kld if kept else None, "trials": len(self.trials)}
+
+def sensitivity_path(checkpoint: Checkpoint, imatrix: "ImportanceMatrix | None", effort: str) -> Path:
+    "Where the costs of a model are kept when no place was given: beside the cached importance matrices."
+    folder = imatrix_cache()
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError: pass # it is said when the file is to be written
+    return folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', checkpoint.name)[:80] or 'model'}-{imatrix_hash(imatrix)}-{effort}.sensitivity.json"
+
+def _measurer(probe: Probe, imatrix: "ImportanceMatrix | None") -> Callable: # {name: type} -> KLD of each token
+    "Whole models, measured; what was encoded once is kept as bytes."
+    kept = {}
+    def weights(name: str, type: str) -> torch.Tensor:
+        spec = probe.specs[name]
+        if (name, type) not in kept: kept[name, type] = encoded_as(spec.load(probe.stack.checkpoint), type, imatrix, spec)
+        return dequantize(kept[name, type], type).view(spec.shape)
+    return lambda types: probe.per_token({name: weights(name, type) for name, type in types.items()}).numpy()
+
+def resolve(profile: Profile,
+            checkpoint: Checkpoint,
+            specs: list,                       # GGUFTensors of the model
+            fixed: int,                        # bytes of the file for what is not chosen
+            imatrix: "ImportanceMatrix | None" = None, # the one that the file will be made with
+            *, effort: str = "default",        # quick, default or thorough
+            calibration_data: "str | Path | None" = None,
+            path: "Path | None" = None,        # where costs are kept; default: the cache
+            device: "str | None" = None,
+            progress: "Callable | None" = None # (done, in all, what)
+           ) -> Resolution:
+    "Choose the types of a model by measurement; raises `ArgumentError` for a target that is impossible."
+    spend, mine = find_effort(effort), [s for s in specs if s.quantizable and not _kept(s.name, s.shape) and s.way not in ("computed", "tied")]
+    choose = lambda choices: choose_types(profile, choices, fixed, checkpoint.parameters)
+    choose([Choice(s.name, s.shape, {t: 4 ** -qtype(t).bpw for t in candidate_types(s.shape[-1])}) for s in mine])
+    found = measure_sensitivity(checkpoint, imatrix, effort=effort, calibration_data=calibration_data, path=path or sensitivity_path(checkpoint, imatrix, effort), device=device, progress=progress)
+    choices = [Choice(s.name, tuple(s.shape), found[s.name].costs) for s in mine]
+    if not spend.trials: return Resolution(choose(choices), found, ())
+    probe = Probe(checkpoint, texts(checkpoint, spend, calibration_data)[1], device=device)
+    best, trials = polish(choices, choose, _measurer(probe, imatrix), spend.trials, progress)
+    return Resolution(best, found, trials)
 
 # %% ../nbs/29_profiles.ipynb #profiles-fit
 @dataclass(frozen=True)

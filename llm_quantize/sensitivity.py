@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'CANDIDATES', 'ANCHORS', 'EFFORTS', 'Curvature', 'curvature', 'Replaced', 'Probe', 'candidate_types',
-           'decoded_as', 'corrected', 'TensorCosts', 'spearman', 'Sensitivity', 'Effort', 'find_effort', 'texts',
-           'measure_sensitivity', 'plot_sensitivity']
+           'encoded_as', 'decoded_as', 'corrected', 'TensorCosts', 'spearman', 'Sensitivity', 'Effort', 'find_effort',
+           'texts', 'imatrix_hash', 'measure_sensitivity', 'plot_sensitivity']
 
 # %% ../nbs/27_sensitivity.ipynb #sensitivity-import-hashlib
 import hashlib
@@ -151,15 +151,18 @@ def _own_importance(imatrix: "ImportanceMatrix | None", spec: GGUFTensor, expert
     found = imatrix.importance(spec.name, spec.shape[-1]) if imatrix is not None else None
     return found if found is None or found.ndim == 1 else found[expert]
 
-def decoded_as(weights: torch.Tensor,  # (rows, columns) or (experts, rows, columns)
+def encoded_as(weights: torch.Tensor,  # (rows, columns) or (experts, rows, columns)
                type: str,
                imatrix: "ImportanceMatrix | None", # for its importance
                spec: GGUFTensor        # whose weights these are
-              ) -> torch.Tensor:       # float32, the same shape
-    "The weights as a file of that type would hold them."
+              ) -> torch.Tensor:       # (all rows, row bytes) uint8
+    "The bytes a file would hold."
     stacked = weights.float() if weights.ndim == 3 else weights.float()[None]
-    found = [dequantize(encode(own, type, _own_importance(imatrix, spec, i)), type) for i, own in enumerate(stacked)]
-    return torch.stack(found).view(weights.shape)
+    return torch.cat([encode(own, type, _own_importance(imatrix, spec, i)) for i, own in enumerate(stacked)])
+
+def decoded_as(weights: torch.Tensor, type: str, imatrix: "ImportanceMatrix | None", spec: GGUFTensor) -> torch.Tensor: # float32, the same shape
+    "The weights as a reader of that file gets them."
+    return dequantize(encoded_as(weights, type, imatrix, spec), type).view(weights.shape)
 
 def _rows_of(spec: GGUFTensor, count: int) -> tuple: # (rows in GGUF order, the same rows in the checkpoint's order)
     rows = torch.linspace(0, spec.shape[-2] - 1, min(count, spec.shape[-2])).long()
@@ -293,7 +296,7 @@ class Effort:
     anchors: int    # types at which each tensor of the blocks is measured
     trials: int     # changes tried on the whole model afterwards
 
-EFFORTS = {"fast": Effort(8, 48, 2, 0, 0), "default": Effort(16, 96, 2, 1, 24), "best": Effort(64, 256, 8, 2, 160)}
+EFFORTS = {"quick": Effort(8, 48, 2, 0, 0), "default": Effort(16, 96, 2, 1, 24), "thorough": Effort(64, 256, 8, 2, 160)}
 
 def find_effort(name: str) -> Effort:
     "The effort of that name; raises `ArgumentError`."
@@ -308,7 +311,8 @@ def texts(checkpoint: Checkpoint, effort: Effort, data: "str | Path | None" = No
     last = min(effort.selection, len(ids) // 2)
     return ids[:min(effort.windows, len(ids) - last)], ids[len(ids) - last:]
 
-def _imatrix_hash(imatrix: "ImportanceMatrix | None") -> str:
+def imatrix_hash(imatrix: "ImportanceMatrix | None") -> str: # of its contents
+    "A fingerprint of an importance matrix."
     if imatrix is None: return "none"
     found = hashlib.sha256()
     for name in imatrix.names: found.update(name.encode() + imatrix.sums[name].float().numpy().tobytes())
@@ -323,9 +327,17 @@ def _started(path: "Path | None", about: dict) -> "Sensitivity | None":
     _log.info("%s is of another model, text or effort: measured again", path)
     return None
 
+def _keeper(path: "Path | None") -> Callable: # Sensitivity -> None
+    "Saves the table, if it has a file; where that fails, it says so and goes on."
+    def keep(found: Sensitivity) -> None:
+        try:
+            if path is not None: found.save(path)
+        except OSError as error: _log.warning("cannot keep the sensitivities in %s (%s): going on without", path, error.strerror)
+    return keep
+
 def measure_sensitivity(model: "str | Path | Checkpoint",
                         imatrix: "ImportanceMatrix | None" = None, # the one that the file will be made with
-                        *, effort: str = "default",               # fast, default or best
+                        *, effort: str = "default",               # quick, default or thorough
                         calibration_data: "str | Path | None" = None, # text; default: the bundled one
                         path: "str | Path | None" = None,         # file to keep the table in, and to go on from
                         device: "str | None" = None,
@@ -334,9 +346,9 @@ def measure_sensitivity(model: "str | Path | Checkpoint",
     "Predict every type's cost for every tensor, and measure some."
     checkpoint, spend, path = open_checkpoint(model), find_effort(effort), None if path is None else Path(path)
     ids, selection = texts(checkpoint, spend, calibration_data)
-    about = identity(checkpoint, torch.cat([ids, selection]), effort=effort, imatrix=_imatrix_hash(imatrix), method=1)
+    about = identity(checkpoint, torch.cat([ids, selection]), effort=effort, imatrix=imatrix_hash(imatrix), method=1)
     found = _started(path, about)
-    keep = (lambda s: s.save(path)) if path is not None else (lambda s: None)
+    keep = _keeper(path)
     if found is None:
         found = Sensitivity(checkpoint.name, about, _predict_all(checkpoint, ids, imatrix, spend, device, progress))
         keep(found)

@@ -96,22 +96,22 @@ def test_types_fit_the_rows():
 @pytest.fixture(scope="module")
 def small_effort():
     saved = dict(sensitivity.EFFORTS)
-    sensitivity.EFFORTS["fast"] = Effort(1, 8, 1, 1, 0)
+    sensitivity.EFFORTS["quick"] = Effort(1, 8, 1, 1, 0)
     yield
     sensitivity.EFFORTS.clear(); sensitivity.EFFORTS.update(saved)
 
 
 def test_a_stopped_run_goes_on(sample, tmp_path, small_effort, monkeypatch):
     path = tmp_path / "x.sensitivity.json"
-    whole = measure_sensitivity(sample, effort="fast", path=path, device="cpu")
+    whole = measure_sensitivity(sample, effort="quick", path=path, device="cpu")
     assert Sensitivity.load(path) == whole and len(whole.tensors) == 29 and len(whole.measured) == 28
     half = Sensitivity(whole.model, whole.about, tuple(TensorCosts(t.name, t.shape, t.predicted, t.measured if i % 2 else {}) for i, t in enumerate(whole.tensors)))
     half.save(path)
     monkeypatch.setattr(sensitivity, "_predict_all", lambda *a: pytest.fail("predicted again"))
-    again = measure_sensitivity(sample, effort="fast", path=path, device="cpu")
+    again = measure_sensitivity(sample, effort="quick", path=path, device="cpu")
     assert again == whole
     monkeypatch.setattr(sensitivity, "Probe", lambda *a, **k: pytest.fail("measured again"))
-    assert measure_sensitivity(sample, effort="fast", path=path, device="cpu") == whole
+    assert measure_sensitivity(sample, effort="quick", path=path, device="cpu") == whole
 
 
 @pytest.mark.parametrize("damage", [lambda d: d.pop("tensors"), lambda d: d.update(version=2), lambda d: d["tensors"][0]["predicted"].update(Q99=1), lambda d: d.update(tensors=3),
@@ -128,7 +128,7 @@ def test_damaged_files_are_refused(tmp_path, damage):
 
 
 def test_efforts_and_texts(sample, tmp_path):
-    assert find_effort("BEST").trials > find_effort("default").trials
+    assert find_effort("THOROUGH").trials > find_effort("default").trials
     with pytest.raises(ArgumentError, match="unknown effort"): find_effort("huge")
     ids, selection = texts(sample, find_effort("default"))
     assert not {tuple(w[1:].tolist()) for w in ids} & {tuple(w[1:].tolist()) for w in selection}
