@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PRESETS', 'SUFFIX', 'Target', 'make_target', 'Profile', 'profile_dir', 'list_profiles', 'choose_types',
-           'make_plan', 'Resolution', 'sensitivity_path', 'resolve', 'Fit', 'facts_of', 'check_fit', 'type_map']
+           'make_plan', 'Resolution', 'sensitivity_path', 'unmeasured', 'resolve', 'Fit', 'saved_name',
+           'facts_of_imatrix', 'facts_of', 'check_fit', 'type_map']
 
 # %% ../nbs/29_profiles.ipynb #profiles-import-json
 import json
@@ -105,7 +106,8 @@ class Profile:
 
     def _repr_markdown_(self) -> str:
         counts = ", ".join(f"{n} {type}" for type, n in Counter(self.tensors.values()).most_common()) or "chosen when a model is quantized"
-        return f"**{self.name}**: {self.description}\n\n| target | floors | rules | types |\n|:--|:--|:--|:--|\n| {self.target} | {'yes' if self.floors else 'no'} | {'; '.join(map(_in_words, self.rules)) or 'none'} | {counts} |"
+        row = (str(self.target), "yes" if self.floors else "no", "; ".join(map(_in_words, self.rules)) or "none", counts)
+        return f"**{self.name}**: {self.description}\n\n| target | floors | rules | types |\n|:--|:--|:--|:--|\n| {' | '.join(row)} |"
 
 def _in_words(rule: Rule) -> str:
     parts = [f"exactly {rule.type}" if rule.type else "", f"at least {rule.least}" if rule.least else "", f"at most {rule.most}" if rule.most else ""]
@@ -233,6 +235,12 @@ def _measurer(probe: Probe, imatrix: "ImportanceMatrix | None") -> Callable: # {
         return dequantize(kept[name, type], type).view(spec.shape)
     return lambda types: probe.per_token({name: weights(name, type) for name, type in types.items()}).numpy()
 
+def unmeasured(specs: list # GGUFTensors of a model
+              ) -> list:  # of Choices
+    "What there is to choose, with costs that only know bits."
+    mine = [s for s in specs if s.quantizable and not _kept(s.name, s.shape) and s.way not in ("computed", "tied")]
+    return [Choice(s.name, tuple(s.shape), {t: s.shape[-1] * 4 ** -qtype(t).bpw for t in candidate_types(s.shape[-1])}) for s in mine]
+
 def resolve(profile: Profile,
             checkpoint: Checkpoint,
             specs: list,                       # GGUFTensors of the model
@@ -245,11 +253,11 @@ def resolve(profile: Profile,
             progress: "Callable | None" = None # (done, in all, what)
            ) -> Resolution:
     "Choose the types of a model by measurement; raises `ArgumentError` for a target that is impossible."
-    spend, mine = find_effort(effort), [s for s in specs if s.quantizable and not _kept(s.name, s.shape) and s.way not in ("computed", "tied")]
+    spend, begun = find_effort(effort), unmeasured(specs)
     choose = lambda choices: choose_types(profile, choices, fixed, checkpoint.parameters)
-    choose([Choice(s.name, s.shape, {t: 4 ** -qtype(t).bpw for t in candidate_types(s.shape[-1])}) for s in mine])
+    choose(begun)
     found = measure_sensitivity(checkpoint, imatrix, effort=effort, calibration_data=calibration_data, path=path or sensitivity_path(checkpoint, imatrix, effort), device=device, progress=progress)
-    choices = [Choice(s.name, tuple(s.shape), found[s.name].costs) for s in mine]
+    choices = [replace(choice, costs=found[choice.name].costs) for choice in begun]
     if not spend.trials: return Resolution(choose(choices), found, ())
     probe = Probe(checkpoint, texts(checkpoint, spend, calibration_data)[1], device=device)
     best, trials = polish(choices, choose, _measurer(probe, imatrix), spend.trials, progress)
@@ -272,6 +280,15 @@ class Fit:
         return {"status": "success", "profile": self.profile, "model": self.model, "valid": self.fits, "problems": list(self.problems),
                 "fallbacks": [{"tensor": t, "wanted": w, "type": g} for t, w, g in self.fallbacks], "predicted_size": self.file_size}
 
+def saved_name(name: str) -> Path: # in the current directory
+    "The file a profile of that name is saved in when none is given."
+    if Path(name).name != name or not name.strip("."): raise ProfileError(f"'{name}' cannot be the name of a profile", "use letters, digits and dashes, and give the place with --output")
+    return Path(f"{name}{SUFFIX}")
+
+def facts_of_imatrix(imatrix: ImportanceMatrix) -> dict: # what base_model holds, as far as an importance matrix tells
+    "By what a model is known again when only its importance matrix is at hand."
+    return {"blocks": len({name.split(".")[1] for name in imatrix.names if name.startswith("blk.")}), "imatrix": imatrix_hash(imatrix)}
+
 def facts_of(arch: str, tensors: list) -> dict: # what base_model holds
     "By what a model is known again: architecture, blocks, and the shapes of its weights."
     blocks = {name.split(".")[1] for name, _ in tensors if name.startswith("blk.")}
@@ -285,7 +302,8 @@ def check_fit(profile: Profile, model: str, arch: str, # name and general.archit
     wanted = [(name, shape) for name, shape in tensors if not _kept(name, shape)]
     problems, facts = [], facts_of(arch, tensors)
     for key in ("architecture", "blocks", "shapes"):
-        if key in profile.base_model and profile.base_model[key] != facts[key]: problems.append(f"it was made for a model of other {key}: {str(profile.base_model[key])[:80]}, this one has {str(facts[key])[:80]}")
+        wrong = key in profile.base_model and profile.base_model[key] != facts[key]
+        if wrong: problems.append(f"it was made for a model of other {key}: {str(profile.base_model[key])[:80]}, this one has {str(facts[key])[:80]}")
     unmatched = [rule.pattern for rule in profile.rules if not any(rule.matches(name) for name, _ in wanted)]
     problems += [f"the rule for '{pattern}' speaks of no tensor of this model" for pattern in unmatched]
     if not profile.resolved: return Fit(profile.name, model, not problems, tuple(problems), ())
@@ -297,7 +315,7 @@ def check_fit(profile: Profile, model: str, arch: str, # name and general.archit
     return Fit(profile.name, model, not problems, tuple(problems), falls, None, make_plan(profile.tensors, tensors, f"profile {profile.name}"))
 
 # %% ../nbs/29_profiles.ipynb #profiles-type-map
-def type_map(plan: Plan) -> list: # rows of text: header, then one row for each block; the last rows are tensors outside of blocks
+def type_map(plan: "Plan | list") -> list: # of PlannedTensors rows of text: header, then one row for each block; the last rows are tensors outside of blocks
     "A grid of blocks by kinds of tensors."
     blocks = [t for t in plan if t.name.startswith("blk.") and t.type != "F32"]
     kinds = list(dict.fromkeys(t.kind for t in blocks))

@@ -1,5 +1,7 @@
 "The command: what goes to stdout, which exit code each failure has, and what is left on disk."
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,3 +178,70 @@ def test_sizes():
 
 def test_global_options_may_stand_anywhere():
     assert hoist_globals(["a", "--verbosity", "quiet", "b", "--format=json"]) == ["--verbosity", "quiet", "--format", "json", "a", "b"]
+
+
+# ---- dynamic quantization and profiles ---------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def dynamic_place(tmp_path_factory):
+    "A directory with the sample's importance matrix; costs are measured beside it, once."
+    from llm_quantize.analyze import analyze
+    from llm_quantize.checkpoint import sample_path
+    folder = tmp_path_factory.mktemp("dynamic")
+    analyze(sample_path(), output=folder / "s.imatrix", calibration_samples=4, checkpoint_dir=folder / "state", device="cpu")
+    return folder
+
+
+def run_cli(capsys, *arguments):
+    from llm_quantize.cli import main
+    status = main([str(a) for a in arguments])
+    found = capsys.readouterr()
+    return status, found.out, found.err
+
+
+def test_dynamic_files_hold_the_target_and_open_in_llama_cpp(dynamic_place, capsys):
+    from llm_quantize.checkpoint import sample_path
+    arguments = ("--format", "json", "quantize", sample_path(), "gguf", "-q", "dynamic", "--imatrix", dynamic_place / "s.imatrix", "--effort", "quick", "-o", dynamic_place)
+    status, out, _ = run_cli(capsys, *arguments, "--target-size", "1.6M")
+    result = json.loads(out)
+    assert status == 0 and 0.995 * 1_600_000 <= result["file_size"] <= 1_600_000 == result["allocation"]["target_size"] and result["profile"] == "balanced"
+    assert result["file_size"] == os.path.getsize(result["output_path"]) and result["quantization_level"] == "dynamic"
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
+    model = llama_cpp.Llama(result["output_path"], n_ctx=64, verbose=False)
+    assert len(model.create_completion("The house", max_tokens=4)["choices"][0]["text"]) > 0
+    _, out, _ = run_cli(capsys, *arguments, "--target-bpw", "3.5", "--dry-run")
+    plan = json.loads(out)
+    assert 3.48 < plan["effective_bpw"] <= 3.5 and plan["mix"] == "dynamic" and len(plan["tensors"]) == 38
+    status, out, _ = run_cli(capsys, *arguments, "--target-size", "0.0005")
+    assert status == 2 and "can have" in json.loads(out)["message"]
+
+
+def test_profiles_are_made_shown_held_against_models_and_exported(dynamic_place, capsys, monkeypatch):
+    from llm_quantize.checkpoint import sample_path
+    monkeypatch.chdir(dynamic_place)
+    status, out, _ = run_cli(capsys, "--format", "json", "profile", "list")
+    assert status == 0 and [p["name"] for p in json.loads(out)["profiles"]][:3] == ["attention-high", "balanced", "compression-max"]
+    assert run_cli(capsys, "profile", "create", "--imatrix", "s.imatrix", "--name", "mine", "--target-size", "0.0016", "--model", sample_path(), "--effort", "quick")[0] == 0
+    status, out, _ = run_cli(capsys, "profile", "show", "mine.dqprofile")
+    assert status == 0 and "1,600,000 bytes" in out and len([line for line in out.splitlines() if re.match(r"\d+ +I?Q", line)]) == 4
+    status, out, _ = run_cli(capsys, "--format", "json", "profile", "validate", "mine.dqprofile", sample_path())
+    fit = json.loads(out)
+    assert status == 0 and fit["valid"] and 0.995 * 1_600_000 <= fit["predicted_size"] <= 1_600_000
+    status, out, _ = run_cli(capsys, "--format", "json", "quantize", sample_path(), "gguf", "-q", "dynamic", "--profile", "mine.dqprofile", "--imatrix", "s.imatrix")
+    assert status == 0 and json.loads(out)["file_size"] == fit["predicted_size"] and json.loads(out)["profile"] == "mine"
+    assert len(run_cli(capsys, "profile", "export", "mine.dqprofile", "--llama-cpp")[1].splitlines()) == 29
+    data = json.loads((dynamic_place / "mine.dqprofile").read_text())
+    data["tensors"].pop("blk.0.attn_q.weight")
+    (dynamic_place / "less.dqprofile").write_text(json.dumps(data))
+    status, out, _ = run_cli(capsys, "profile", "validate", "less.dqprofile", sample_path())
+    assert status == 13 and "no type for 1 tensors" in out
+    assert run_cli(capsys, "quantize", sample_path(), "gguf", "-q", "dynamic", "--profile", "less.dqprofile", "--imatrix", "s.imatrix")[0] == 13
+
+
+@pytest.mark.parametrize("arguments, code", [
+    (("quantize", "SAMPLE", "gguf", "-q", "dynamic", "--profile", "nope"), 13), (("quantize", "SAMPLE", "gguf", "-q", "Q4_K", "--target-bpw", "3"), 2),
+    (("quantize", "SAMPLE", "gguf", "-q", "dynamic", "--target-bpw", "3", "--target-size", "1"), 2), (("profile", "show", "nope"), 13), (("profile", "export", "balanced", "--llama-cpp"), 13),
+    (("profile", "create", "--imatrix", "none.imatrix", "--name", "x"), 10)], ids=["no profile", "not dynamic", "two targets", "show nothing", "not resolved", "no imatrix"])
+def test_what_dynamic_refuses(arguments, code, capsys):
+    from llm_quantize.checkpoint import sample_path
+    assert run_cli(capsys, *[str(sample_path()) if a == "SAMPLE" else a for a in arguments])[0] == code
