@@ -261,7 +261,8 @@ def resolve(profile: Profile,
     if not spend.trials: return Resolution(choose(choices), found, ())
     probe = Probe(checkpoint, texts(checkpoint, spend, calibration_data)[1], device=device)
     best, trials = polish(choices, choose, _measurer(probe, imatrix), spend.trials, progress)
-    return Resolution(best, found, trials)
+    costs = {choice.name: choice.costs for choice in choices} # `polish` chose by costs it had scaled
+    return Resolution(replace(best, cost=sum(costs[name][type] for name, type in best.types.items())), found, trials)
 
 # %% ../nbs/29_profiles.ipynb #profiles-fit
 @dataclass(frozen=True)
