@@ -207,7 +207,7 @@ def refit_rows(found: list,           # (fields, codes) of each super-block
         for key, pattern in super_patterns(encoder, fields, codes).items():
             places.append((i, key))
             patterns.append((i * size, pattern))
-    if len(patterns) > 128: return found # beyond that the gain has never paid for the time
+    if len(patterns) > 128: return found # the system grows with the square of their number; rows this long keep the scales they have
     left, right, power = _normal_equations(patterns, x, hessian)
     now = torch.stack([found[i][0][key] for i, key in places], 1).double()
     diagonal = torch.diagonal(left, dim1=1, dim2=2)
@@ -240,7 +240,7 @@ def feedback_encode(x: torch.Tensor,           # (rows, columns) or (stack, rows
     if not torch.isfinite(hessian).all(): raise ArgumentError("the hessian holds NaN or infinite values", "collect it again")
     type.row_bytes(x.shape[2])
     encoder = THOROUGH.get(type.name, ENCODERS[type.name]) if search == "best" else ENCODERS[type.name]
-    if encoder.levels is not None and isinstance(encoder.levels, Grid) and encoder.levels.dim == 4: count = min(count, 8) # pairs of points
+    if isinstance(encoder.levels, Grid) and encoder.levels.dim == 4: count = min(count, 8) # pairs of points
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1).float()
     weights = (ratio(diagonal, diagonal.mean(-1, keepdim=True)) + 1e-6).T.unsqueeze(-1)
     flat = x.permute(2, 0, 1).flatten(1).clamp(-encoder.largest, encoder.largest)
