@@ -284,7 +284,7 @@ class QuantizationResult:
 # %% ../nbs/34_quantize.ipynb #quantize-output-path
 _OTHER_FORMATS = ("smoothquant", "awq", "gptq")
 
-def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | None) -> Path: # its directory is made
+def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | None) -> Path:
     "Where the file goes; refuses a place that cannot be written to, before hours of work and not after."
     stem = name or f"{checkpoint.name}-{level}.gguf"
     if Path(stem).name != stem: raise ArgumentError(f"the output name '{stem}' contains a directory", "give the directory with --output-dir")
@@ -293,8 +293,12 @@ def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | N
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not there.is_dir(): raise LLMQuantizeError(f"cannot make the directory {folder}: {there} is a file", "choose a directory you may write to")
     if not os.access(there, os.W_OK): raise LLMQuantizeError(f"the directory {there} cannot be written to", "choose a directory you may write to")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise LLMQuantizeError(f"cannot make the directory {folder}: {error.strerror}", "choose a directory you may write to") from None
+    return path
+
+def _with_folder(path: Path) -> Path:
+    "The same path, its directory made: called when there is something to put there."
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise LLMQuantizeError(f"cannot make the directory {path.parent}: {error.strerror}", "choose a directory you may write to") from None
     return path
 
 def _check_options(format: str, level: str, search: str, effort: str, samples: int, error_feedback: bool, resume, profile, target) -> tuple: # search and effort, in lower case
@@ -400,7 +404,7 @@ def quantize(model: "str | Path | Checkpoint",                        # director
     ahead = _ahead(job, imatrix, _device(device), search, effort, calibration_data, checkpoint_dir, resume, progress) if error_feedback else EncodedAhead({}, {}, {})
     _check_importance(job, imatrix, frozenset(ahead.encoded))
     run = _Run(job, imatrix, _device(device), progress, search, ahead)
-    result = _result(run, write_gguf(path, job.metadata, job.infos, run.produce, max_shard_bytes=max_shard_size), start, origin)
+    result = _result(run, write_gguf(_with_folder(path), job.metadata, job.infos, run.produce, max_shard_bytes=max_shard_size), start, origin)
     ahead.discard()
     return result
 
