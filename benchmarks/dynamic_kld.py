@@ -11,7 +11,8 @@ from pathlib import Path
 from llm_quantize.cached_imatrix import cached_imatrix
 from llm_quantize.profiles import Profile, Target
 from llm_quantize.quality import compare
-from llm_quantize.quantize import plan_dynamic, quantize
+from llm_quantize.gguf_plan import plan_dynamic
+from llm_quantize.quantize import quantize
 
 
 def main():

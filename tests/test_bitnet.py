@@ -17,7 +17,8 @@ from llm_quantize.errors import ConversionError
 from llm_quantize.gguf_model import open_gguf
 from llm_quantize.info import info
 from llm_quantize.quality import quality_report
-from llm_quantize.quantize import plan_gguf, quantize
+from llm_quantize.gguf_plan import plan_gguf
+from llm_quantize.quantize import quantize
 
 integration = pytest.importorskip("transformers.integrations.bitnet", reason="needs transformers with BitNet")
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a development requirement")

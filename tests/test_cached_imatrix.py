@@ -14,7 +14,8 @@ from llm_quantize.cli import main
 from llm_quantize.errors import CalibrationError, ImatrixError, LLMQuantizeError
 from llm_quantize.imatrix import ImportanceMatrix
 from llm_quantize.qtypes import QTYPES
-from llm_quantize.quantize import plan_gguf, quantize
+from llm_quantize.gguf_plan import plan_gguf
+from llm_quantize.quantize import quantize
 
 
 @pytest.fixture(autouse=True)

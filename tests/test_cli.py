@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_quantize.checkpoint import sample_path
-from llm_quantize.cli import hoist_globals, main, parse_size
+from llm_quantize.cli import main
+from llm_quantize.console import hoist_globals, parse_size
 from llm_quantize.errors import ArgumentError
 
 

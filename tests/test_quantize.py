@@ -16,7 +16,8 @@ from llm_quantize.codec import FLOATS, dequantize
 from llm_quantize.errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
 from llm_quantize.gguf_model import open_gguf
 from llm_quantize.imatrix import ImportanceMatrix
-from llm_quantize.quantize import check_finite, encode_tensor, plan_gguf, quantize, relative_error
+from llm_quantize.gguf_plan import plan_gguf
+from llm_quantize.quantize import check_finite, encode_tensor, quantize, relative_error
 from llm_quantize.recipes import find_mix
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from llm_quantize.codec import quantize as encode
 from llm_quantize.decoded import load_float, load_quantized
 from llm_quantize.errors import ConversionError
 from llm_quantize.gguf_model import open_gguf
-from llm_quantize.quantize import plan_gguf, quantize
+from llm_quantize.gguf_plan import plan_gguf
+from llm_quantize.quantize import quantize
 from llm_quantize.recipes import plan_mix
 from llm_quantize.ternary_plan import candidates, find_ternary
 
