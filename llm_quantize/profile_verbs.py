@@ -26,10 +26,12 @@ def target_of(bpw: Optional[float], size: Optional[str]):
     try: return make_target(bpw, None if size is None else 1e9 * float(size) if plain else parse_size(size))
     except ValueError: raise ArgumentError(f"'{size}' is not a size", "write for example 3.0 (GB) or 500M") from None
 
-def costs_beside(imatrix: Optional[Path]) -> Optional[Path]: # where costs are kept: beside a given imatrix that they may lie beside
+def costs_beside(imatrix: Optional[Path]) -> Optional[Path]:
+    "Where measured costs are kept: beside a given importance matrix, if one may write there."
     return imatrix.with_suffix(".sensitivity.json") if imatrix is not None and os.access(imatrix.parent, os.W_OK) else None
 
 def planned(model: str, profile: Optional[str], **options): # GGUFJob
+    "The plan of a dynamic quantization, with a progress bar."
     from llm_quantize.gguf_plan import plan_dynamic
     with progress_bar("planning") as progress: return plan_dynamic(model, profile, progress=progress, **options)[0]
 
