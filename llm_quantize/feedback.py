@@ -128,14 +128,11 @@ class _Pass:
             for k, v in ints.items(): fields[k][g] = v[0]
             return
         low, high, distance = self.limits
-        tried = []
-        for move in sorted(moves, key=abs):
-            scales = (one["scales"] + move * distance).clamp(low, high)
-            step = one["d"] * scales
-            p, q = lay(x[None], w[None], step, inverse(step), self.grid)[2:]
-            tried.append((step * (step * q - 2 * p), scales))
-        errors = torch.stack([t[0] for t in tried])
-        fields["scales"][g] = torch.stack([t[1] for t in tried]).gather(0, errors.argmin(0, keepdim=True))[0, 0]
+        moved = torch.tensor(sorted(moves, key=abs), device=x.device).unsqueeze(-1) * distance
+        scales = (one["scales"] + moved).clamp(low, high) # all that are tried, (moves, N)
+        step = one["d"] * scales
+        p, q = lay(x[None], w[None], step, inverse(step), self.grid)[2:]
+        fields["scales"][g] = scales.gather(0, (step * (step * q - 2 * p)).argmin(0, keepdim=True))[0]
 
     def unit(self, x, at, step, offset, shift): # x (1 or 8, N) -> codes, error to pass on
         "Round one column, or one vector of eight."
