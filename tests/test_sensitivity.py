@@ -4,12 +4,13 @@ import json
 import pytest
 import torch
 
-from llm_quantize import sensitivity
+from llm_quantize import hessian, sensitivity
 from llm_quantize.activations import LayerStack
 from llm_quantize.calibration import bundled_text, load_tokenizer, windows
 from llm_quantize.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError, CalibrationError, ProfileError
-from llm_quantize.sensitivity import (Curvature, Effort, Probe, Sensitivity, TensorCosts, candidate_types, corrected, curvature, decoded_as, find_effort,
+from llm_quantize.hessian import Curvature, curvature
+from llm_quantize.sensitivity import (Effort, Probe, Sensitivity, TensorCosts, candidate_types, corrected, decoded_as, find_effort,
                                       measure_sensitivity, plot_sensitivity, spearman, texts)
 
 
@@ -41,7 +42,7 @@ def test_cost_is_the_mean_square_of_what_moves():
 def test_wide_tensors_keep_blocks_of_their_curvature(sample, ids, monkeypatch):
     stack = LayerStack(sample, dtype=torch.float32, device="cpu", keep=True)
     whole = curvature(stack, ids)
-    monkeypatch.setattr(sensitivity, "WIDTH", 256)
+    monkeypatch.setattr(hessian, "WIDTH", 256)
     blocks = curvature(stack, ids)
     name = "blk.1.ffn_down.weight"
     assert whole[name].h.shape == (1, 1, 768, 768) and blocks[name].h.shape == (1, 3, 256, 256)
