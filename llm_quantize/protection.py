@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'HARM', 'RAISED', 'PAYS', 'WINDOWS', 'half_ulp', 'pin', 'raise_weights', 'up_of', 'rescaled',
-           'scaled_importance', 'best_rescaling', 'best_emphasis', 'exchange', 'Protection',
+           'scaled_importance', 'encode_all', 'measurer', 'best_rescaling', 'best_emphasis', 'exchange', 'Protection',
            'importance_for_protection', 'protect', 'finish', 'report']
 
 # %% ../nbs/35_protection.ipynb #protection-import-logging
@@ -150,7 +150,21 @@ def _line(measure: Callable, step: float, limit: float) -> tuple: # the best fac
         best, known = best * step, tokens
     return best, known
 
-def best_rescaling(probe: Probe, job: GGUFJob, imatrix: ImportanceMatrix, down: GGUFTensor, col: int) -> float: # a power of two
+def encode_all(job: GGUFJob, imatrix: ImportanceMatrix, search: str = "fast", device: str = "cpu", progress: "Callable | None" = None) -> dict: # GGUF name -> bytes
+    "Every tensor of a plan that is quantized, encoded."
+    types, found, specs = {t.name: t.type for t in job.plan}, {}, [s for s in job.specs if s.quantizable]
+    for done, spec in enumerate(specs):
+        if progress: progress(done, len(specs), f"super weights: the file without protection, {spec.name}")
+        found[spec.name] = _encode(spec.load(job.checkpoint), types[spec.name], imatrix, spec, search, device)
+    return found
+
+def measurer(probe: Probe, job: GGUFJob, encoded: dict) -> Callable: # {GGUF name: weights} -> KLD of each token
+    "Measures changes of an encoded model."
+    types, shapes = {t.name: t.type for t in job.plan}, {s.name: s.shape for s in job.specs}
+    rest = {name: dequantize(data, types[name]).view(shapes[name]) for name, data in encoded.items()}
+    return lambda weights: probe.per_token({**rest, **weights})
+
+def best_rescaling(measure: Callable, job: GGUFJob, imatrix: ImportanceMatrix, down: GGUFTensor, col: int) -> float: # a power of two
     "The factor for a column's up row under which the quantized ffn_down costs least."
     up, types = up_of(job.specs, down), {t.name: t.type for t in job.plan}
     if up is None or down.name not in imatrix.sums: return 1.0
@@ -160,19 +174,19 @@ def best_rescaling(probe: Probe, job: GGUFJob, imatrix: ImportanceMatrix, down: 
         a, b = (dequantize(quantize(row * f, types[up.name], own), types[up.name]) / f for f in (1.0, factor))
         return torch.allclose(a, b, rtol=1e-3, atol=1e-6)
     @cache
-    def measure(factor):
+    def tokens(factor):
         if not survives(factor): return torch.full((2,), float("inf"))
         scaled = replace(job, checkpoint=rescaled(job.checkpoint, up, down, col, factor)) if factor != 1 else job
         found = _decoded(scaled, scaled_importance(imatrix, down.name, col, factor ** 2), down, types[down.name])
         found[:, col] *= factor
-        return probe.per_token({down.name: found})
-    return min((_line(measure, step, 32.0) for step in (0.5, 2.0)), key=lambda found: found[1].mean())[0]
+        return measure({down.name: found})
+    return min((_line(tokens, step, 32.0) for step in (0.5, 2.0)), key=lambda found: found[1].mean())[0]
 
-def best_emphasis(probe: Probe, job: GGUFJob, imatrix: ImportanceMatrix, down: GGUFTensor, col: int) -> float: # a factor
+def best_emphasis(measure: Callable, job: GGUFJob, imatrix: ImportanceMatrix, down: GGUFTensor, col: int) -> float: # a factor
     "How many times its importance a column should count."
     if len(down.shape) != 2 or down.name not in imatrix.sums: return 1.0
     type = next(t.type for t in job.plan if t.name == down.name)
-    return _line(lambda factor: probe.per_token({down.name: _decoded(job, scaled_importance(imatrix, down.name, col, factor), down, type)}), 3.0, 30.0)[0]
+    return _line(lambda factor: measure({down.name: _decoded(job, scaled_importance(imatrix, down.name, col, factor), down, type)}), 3.0, 30.0)[0]
 
 # %% ../nbs/35_protection.ipynb #protection-exchange
 _log = logging.getLogger("llm_quantize")
@@ -215,6 +229,7 @@ class Protection:
     found: tuple = ()            # of SuperWeight
     ranked: object = None        # RankedWeights of the coverage
     probe: "Probe | None" = field(default=None, repr=False)
+    encoded: dict = field(default_factory=dict, repr=False) # GGUF name -> bytes, of the file as it would have been
     changed: dict = field(default_factory=dict)   # GGUF name -> type, of the exchange
     scaled: dict = field(default_factory=dict)    # (ffn_down, column) -> the factor of its up row
     emphasis: dict = field(default_factory=dict)  # (ffn_down, column) -> times its importance
@@ -239,7 +254,7 @@ def importance_for_protection(model: "str | Path | Checkpoint", calibration_data
     tell = (lambda done, total, speed="": progress(done, total, f"importance matrix {speed}".rstrip())) if progress else None
     return cached_imatrix(checkpoint, calibration_data=calibration_data, calibration_samples=calibration_samples, device=device, progress=tell)
 
-def _exchanged(job: GGUFJob, imatrix: ImportanceMatrix, blocks: tuple, probe: Probe, data, path, device: str, progress: "Callable | None") -> dict: # {} where it is not worth it
+def _exchanged(job: GGUFJob, imatrix: ImportanceMatrix, blocks: tuple, measure: Callable, data, path, device: str, progress: "Callable | None") -> dict: # {} where it is not worth it
     "The exchange of bits, measured."
     if any(qtype(t.type).family == "ternary" for t in job.plan): return {}
     try:
@@ -250,7 +265,7 @@ def _exchanged(job: GGUFJob, imatrix: ImportanceMatrix, blocks: tuple, probe: Pr
         _log.warning("super weights: all types stay as they are: %s", error.message)
         return {}
     types, specs = {t.name: t.type for t in job.plan}, {s.name: s for s in job.specs}
-    old, new = (probe.per_token({name: _decoded(job, imatrix, specs[name], own[name], device=device) for name in changed}) for own in (types, changed)) if changed else (0, 0)
+    old, new = (measure({name: _decoded(job, imatrix, specs[name], own[name], device=device) for name in changed}) for own in (types, changed)) if changed else (0, 0)
     if changed and (old - new).mean() > (old - new).std() / len(old) ** 0.5: return changed
     _log.info("super weights: no exchange of types makes the model better at this size")
     return {}
@@ -260,7 +275,7 @@ def protect(job: GGUFJob,                # the plan
             *, coverage: float = 0.0001, # share of weights that count more
             calibration_data=None,       # text; default: the bundled one
             sensitivity: "Path | None" = None, # file for the costs; default: in the cache
-            device: str = "cpu", progress: "Callable | None" = None) -> Protection:
+            search: str = "fast", device: str = "cpu", progress: "Callable | None" = None) -> Protection:
     "Plan the protection of a model's super weights; with none found, everything stays as it is."
     if not 0 <= coverage <= 1: raise ArgumentError(f"--protection-coverage is {coverage}", "give the share of weights to protect, between 0 and 1; 0.0001 is usual")
     if isinstance(job.checkpoint, BitNetCheckpoint): raise ConversionError("super weights are found by running the model, and a BitNet checkpoint is not run here", "use -q TERNARY, which loses nothing")
@@ -270,16 +285,19 @@ def protect(job: GGUFJob,                # the plan
     plain = Protection(job, imatrix, job, imatrix, tuple(found), rank_weights(job.checkpoint, imatrix, coverage))
     if not found: _log.info("super weights: none found in %s, nothing to protect", job.checkpoint.name); return plain
     probe = Probe(job.checkpoint, selection, device=device)
-    changed = _exchanged(job, imatrix, plain.blocks, probe, calibration_data, sensitivity, device, progress) if job.level != "dynamic" else {}
-    plain = replace(plain, job=_with_types(job, changed, plain.blocks), probe=probe, changed=changed)
-    specs = {s.name: s for s in job.specs}
+    encoded = encode_all(job, imatrix, search, device, progress) if probe.stack.keep else {} # of a model that does not fit in memory, only what changes is quantized when choices are made
+    measure = measurer(probe, job, encoded)
+    changed = _exchanged(job, imatrix, plain.blocks, measure, calibration_data, sensitivity, device, progress) if job.level != "dynamic" else {}
+    plain, specs = replace(plain, job=_with_types(job, changed, plain.blocks), probe=probe, changed=changed, encoded=encoded), {s.name: s for s in job.specs}
+    better = {name: _decoded(job, imatrix, specs[name], type, search=search, device=device) for name, type in changed.items()}
+    now = lambda weights: measure({**better, **weights})
     for done, (name, col) in enumerate(plain.columns[:2]):
         if progress: progress(done, len(plain.columns[:2]), f"super weights: column {col} of {name}")
-        factor = best_rescaling(probe, plain.job, plain.imatrix, specs[name], col)
+        factor = best_rescaling(now, plain.job, plain.imatrix, specs[name], col)
         if factor != 1:
             scaled = replace(plain.job, checkpoint=rescaled(plain.job.checkpoint, up_of(job.specs, specs[name]), specs[name], col, factor))
             plain = replace(plain, job=scaled, imatrix=scaled_importance(plain.imatrix, name, col, factor ** 2), scaled={**plain.scaled, (name, col): factor})
-        times = best_emphasis(probe, plain.job, plain.imatrix, specs[name], col)
+        times = best_emphasis(now, plain.job, plain.imatrix, specs[name], col)
         if times != 1: plain = replace(plain, imatrix=scaled_importance(plain.imatrix, name, col, times), emphasis={**plain.emphasis, (name, col): times})
     _log.info("super weights: %d in %s; %d tensors change type, %d columns are rescaled", len(found), ", ".join(f"blk.{b}" for b in plain.blocks), len(changed), len(plain.scaled))
     return plain
@@ -342,7 +360,8 @@ def finish(plan: Protection,
            search: str = "fast", device: str = "cpu") -> tuple: # Protection with notes, EncodedAhead with the protected blocks
     "Encode the protected blocks, bring the spikes to their size and pin the super weights."
     if not plan.found: return plan, ahead
-    encoded, raised = dict(ahead.encoded), 0
+    raised, same = 0, {name: data for name, data in plan.encoded.items() if name not in plan.changed and not name.startswith(tuple(f"blk.{b}." for b in plan.blocks))}
+    encoded = {**same, **ahead.encoded}
     types, specs = {t.name: t.type for t in plan.job.plan}, {s.name: s for s in plan.job.specs}
     for spec in plan.job.specs:
         if spec.layer not in plan.blocks or not spec.quantizable: continue
@@ -366,13 +385,7 @@ def finish(plan: Protection,
     notes = {"raised": raised, "after": {(w.tensor, w.expert, w.row, w.col): (after, ok) for w, after, ok in pinned}, "ratios": _ratios(plan, encoded, ahead.norms, device)}
     return replace(plan, notes=notes), replace(ahead, encoded=encoded)
 
-# %% ../nbs/35_protection.ipynb #protection-unprotected
-def _unprotected(plan: Protection, weights: dict, search: str, device: str) -> dict: # GGUF name -> weights
-    "The file's weights, those that protection changed as they would be without it."
-    specs, types = {s.name: s for s in plan.original.specs}, {t.name: t.type for t in plan.original.plan}
-    other = [name for name in weights if name in plan.changed or (specs[name].layer in plan.blocks and specs[name].quantizable)]
-    return {**weights, **{name: _decoded(plan.original, plan.original_imatrix, specs[name], types[name], search=search, device=device) for name in other}}
-
+# %% ../nbs/35_protection.ipynb #protection-report
 def report(plan: Protection,
            path: "str | Path",      # the file
            ahead: EncodedAhead,     # with the protected blocks
@@ -383,8 +396,8 @@ def report(plan: Protection,
     if not plan.found: return {**share, "protected_blocks": [], "exchanged": [], "rescaled": [], "weights": []}
     file = open_gguf(path)
     weights = {s.name: file.decode(s.name).view(s.shape) for s in plan.job.specs if s.quantizable or s.name in ahead.norms}
-    tokens = plan.probe.per_token(weights) if plan.probe.stack.keep else None
-    without = None if tokens is None or fed_back else plan.probe.per_token(_unprotected(plan, weights, search, device))
+    tokens = plan.probe.per_token(weights) if plan.encoded else None
+    without = None if tokens is None or fed_back else measurer(plan.probe, plan.original, plan.encoded)({})
     types = {t.name: t.type for t in plan.original.plan}
     shown = {"protected_blocks": [f"blk.{b}" for b in plan.blocks], "raised_weights": plan.notes["raised"],
              "exchanged": [{"tensor": name, "before": types[name], "after": type} for name, type in plan.changed.items()],
