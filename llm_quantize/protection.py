@@ -175,7 +175,7 @@ def best_rescaling(measure: Callable, job: GGUFJob, imatrix: ImportanceMatrix, d
         return torch.allclose(a, b, rtol=1e-3, atol=1e-6)
     @cache
     def tokens(factor):
-        if not survives(factor): return torch.full((2,), float("inf"))
+        if not survives(factor): return torch.tensor(float("inf"))
         scaled = replace(job, checkpoint=rescaled(job.checkpoint, up, down, col, factor)) if factor != 1 else job
         found = _decoded(scaled, scaled_importance(imatrix, down.name, col, factor ** 2), down, types[down.name])
         found[:, col] *= factor
@@ -205,7 +205,7 @@ def exchange(job: GGUFJob,        # the plan as it is
         low, high = (own.bpw, 99) if tensor.name.startswith(tuple(f"blk.{b}." for b in blocks)) else (PAYS * own.bpw, own.bpw)
         choices.append(Choice(tensor.name, tensor.shape, {t: cost for t, cost in found.items() if t == own.name or low <= qtype(t).bpw <= high and qtype(t).family in families}))
     fixed = job.file_bytes - sum(choice.size(types[choice.name]) for choice in choices)
-    found = allocate(choices, job.file_bytes, fixed=fixed).types
+    found = allocate(choices, job.file_bytes, fixed=fixed, slack=0.001).types
     return {name: type for name, type in found.items() if type != types[name]}
 
 def _with_types(job: GGUFJob, changed: dict, blocks: tuple) -> GGUFJob:
