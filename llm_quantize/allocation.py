@@ -166,7 +166,8 @@ def reachable(choices: list, fixed: int = 0) -> tuple: # smallest and largest nu
 
 def allocate(choices: list,   # of Choices
              target: int,     # bytes that may be used
-             *, fixed: int = 0 # of them for what is not chosen here: metadata, norms
+             *, fixed: int = 0, # of them for what is not chosen here: metadata, norms
+             slack: float = SLACK # share of the target that may be left unused
             ) -> Allocation:
     "The types of least cost within the target; raises `ArgumentError` with the reachable range for one that is impossible."
     low, high = reachable(choices, fixed)
@@ -177,7 +178,7 @@ def allocate(choices: list,   # of Choices
     sizes = [np.array([choice.size(type) for type in own], dtype=np.int64) for choice, own in zip(choices, types)]
     costs = [np.array([choice.costs[type] for type in own], dtype=np.float64) for choice, own in zip(choices, types)]
     budget = int(target) - fixed
-    picked = _fill(_mend(_table(sizes, costs, budget, SLACK * target), sizes, costs, budget), sizes, costs, budget)
+    picked = _fill(_mend(_table(sizes, costs, budget, slack * target), sizes, costs, budget), sizes, costs, budget)
     return Allocation({choice.name: own[i] for choice, own, i in zip(choices, types, picked)}, fixed + sum(int(s[i]) for s, i in zip(sizes, picked)),
                       float(sum(c[i] for c, i in zip(costs, picked))), int(target), low, high)
 

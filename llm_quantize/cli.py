@@ -127,6 +127,20 @@ def _show_quantized(result) -> None:
         found = result.error_feedback
         screen.print(f"error feedback in {found['tensors']} tensors from {found['windows']} windows", soft_wrap=True)
         if "kld_after_tuning" in found: screen.print(f"tuned: KL divergence {found['kld_before_tuning']:.4g} -> {found['kld_after_tuning']:.4g} on text kept apart", soft_wrap=True)
+    if result.protection: _show_protection(result.protection)
+
+def _show_protection(found: dict) -> None:
+    from rich.table import Table
+    screen = console()
+    if not found["identified"]: screen.print("super weights: none found, nothing was to be protected"); return
+    kld = "" if found["kld_with"] is None else f", KL divergence {found['kld_with']:.4g}" + ("" if found["kld_without"] is None else f" (without protection {found['kld_without']:.4g})")
+    screen.print(f"\n{found['identified']} super weights in {', '.join(found['protected_blocks'])}; {len(found['exchanged'])} tensors changed type{kld}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for name in ("super weight", "original", "before", "now", "error", "spike", ""): table.add_column(name, justify="left" if name in ("super weight", "") else "right")
+    for w in found["weights"]:
+        spike = "" if w["activation_ratio"] is None else f"x {w['activation_ratio']:.3f}"
+        table.add_row(f"{w['tensor']} {w['row']}, {w['column']}", f"{w['original']:.5f}", f"{w['before']:.5f}", f"{w['after']:.5f}", f"{w['relative_error']:.1e}", spike, "pinned" if w["pinned"] else "")
+    screen.print(table)
 
 def _show_plan(job) -> None:
     from rich.table import Table
@@ -151,6 +165,8 @@ def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpo
              profile: Annotated[Optional[str], typer.Option(help="of -q dynamic: attention-high, balanced, compression-max, or a .dqprofile file; default balanced")] = None,
              target_bpw: Annotated[Optional[float], typer.Option(help="of -q dynamic: bits of the whole file per weight, instead of the profile's size")] = None,
              target_size: Annotated[Optional[str], typer.Option(help="of -q dynamic: size of the file in GB (1e9 bytes): 3.0; or 500M")] = None,
+             protect_super_weights: Annotated[bool, typer.Option("--protect-super-weights", help="keep the few weights that carry the model, at the same size")] = False,
+             protection_coverage: Annotated[float, typer.Option(help="share of the weights that count more in protected blocks")] = 0.0001,
              error_feedback: Annotated[bool, typer.Option("--error-feedback", help="errors make up for each other: closer to the original at the same size, slower")] = False,
              effort: Annotated[str, typer.Option(help="how much error feedback reads and -q dynamic measures", metavar="quick|default|thorough")] = "default",
              checkpoint_dir: Annotated[Optional[Path], typer.Option(help="where error feedback keeps finished layers; default ./.checkpoint")] = None,
@@ -176,6 +192,7 @@ def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpo
     with progress_bar("quantizing") as progress:
         result = run(model, format, quant_level, output_dir=output_dir, output_name=output_name, imatrix=imatrix, calibration_data=calibration_data,
                      calibration_samples=calibration_samples, search=search, profile=profile, target=target, sensitivity=costs_beside(imatrix), error_feedback=error_feedback, effort=effort,
+                     protect_super_weights=protect_super_weights, protection_coverage=protection_coverage,
                      checkpoint_dir=kept, resume=resume, force=force, pre=pre, max_shard_size=shard, progress=progress)
     output.show(result, _show_quantized)
 

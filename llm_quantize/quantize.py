@@ -14,7 +14,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from .gguf_model import open_gguf, write_gguf
 from .gguf_plan import GGUFJob, plan_dynamic, plan_gguf
 from .imatrix import ImportanceMatrix
 from .profiles import Profile, Target
+from .protection import finish, importance_for_protection, protect, report
 from .qtypes import QTYPES, nearest
 
 # %% ../nbs/38_quantize.ipynb #quantize-check-finite
@@ -101,6 +102,7 @@ class QuantizationResult:
     imatrix: str | None = None  # "given", "computed", or None: without importance
     error_feedback: dict | None = None # what error feedback did, if it was asked for
     allocation: dict | None = None # how the types of a dynamic quantization were found
+    protection: dict | None = None # what was done for super weights, if it was asked for
 
     def __repr__(self) -> str:
         return f"QuantizationResult({Path(self.output_path).name}: {self.file_size:,} bytes, {self.effective_bpw:.3f} bits per weight)"
@@ -117,12 +119,12 @@ class QuantizationResult:
 
     def layer_summary(self) -> list[dict]:
         "Bits and weights by transformer block; tensors outside the blocks stand alone."
-        groups = {}
+        groups, protected = {}, (self.protection or {}).get("protected_blocks", ())
         for t in self.tensors:
             block = re.match(r"blk\.\d+", t["name"])
             groups.setdefault(block[0] if block else t["name"], []).append(t)
         return [{"layer_name": name, "bit_width": round(8 * sum(t["bytes"] for t in group) / sum(t["weights"] for t in group), 4),
-                 "parameter_count": sum(t["weights"] for t in group), "is_protected": False} for name, group in groups.items()]
+                 "parameter_count": sum(t["weights"] for t in group), "is_protected": name in protected} for name, group in groups.items()]
 
     def by_type(self) -> list[dict]:
         "Tensors, weights, bytes and mean error by type, largest share first."
@@ -137,7 +139,7 @@ class QuantizationResult:
     def to_dict(self) -> dict:
         "The JSON object of `llm-quantize --format json quantize`."
         return {"status": "success", "output_path": self.output_path, "files": list(self.files), "format": self.format, "quantization_level": self.quantization_level,
-                "profile": self.profile, "search": self.search, "imatrix": self.imatrix, "error_feedback": self.error_feedback, "allocation": self.allocation,
+                "profile": self.profile, "search": self.search, "imatrix": self.imatrix, "error_feedback": self.error_feedback, "allocation": self.allocation, "protection": self.protection,
                 "layer_summary": self.layer_summary(), "tensors": list(self.tensors), "effective_bpw": self.effective_bpw,
                 "compression_ratio": self.compression_ratio, "file_size": self.file_size, "quality_report": self.quality_report,
                 "duration_seconds": self.duration_seconds, "peak_memory_bytes": self.peak_memory_bytes, "validation_status": self.validation_status,
@@ -248,6 +250,8 @@ def quantize(model: "str | Path | Checkpoint",                        # director
              profile: "str | Path | Profile | None" = None,           # of a dynamic quantization: name or file; default: balanced
              target: Target | None = None,                            # its size, instead of the profile's
              sensitivity: Path | None = None,                         # file for the costs it measures; default: in the cache
+             protect_super_weights: bool = False,                     # keep the few weights that carry the model, at the same size
+             protection_coverage: float = 1e-4,                       # share of the weights that count more in protected blocks
              error_feedback: bool = False,                            # errors of a row make up for each other; far better below five bits, and slower
              effort: str = "default",                                 # how much text error feedback gets: quick, default, thorough
              checkpoint_dir: "str | Path | None" = None,              # where finished layers are kept meanwhile; default: nowhere
@@ -262,20 +266,33 @@ def quantize(model: "str | Path | Checkpoint",                        # director
     start = time.monotonic()
     search, effort, imatrix = *_check_options(format, quant_level, search, effort, calibration_samples, error_feedback, resume, profile, target), load_importance(imatrix)
     texts, origin = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, "given" if imatrix is not None else None
-    if str(quant_level).lower() == "dynamic":
-        _output_path(open_checkpoint(model), "dynamic", Path(output_dir), output_name)
+    dynamic = str(quant_level).lower() == "dynamic"
+    if dynamic or protect_super_weights: _output_path(open_checkpoint(model), str(quant_level), Path(output_dir), output_name)
+    if protect_super_weights and imatrix is None: origin, imatrix = "computed", importance_for_protection(model, **texts, device=device, progress=progress)
+    if dynamic:
         job, imatrix = plan_dynamic(model, profile, target=target, imatrix=imatrix, effort=effort, **texts, sensitivity=sensitivity, pre=pre, device=device, progress=progress)
         origin = origin or "computed"
     else: job = plan_gguf(model, quant_level, imatrix=imatrix, pre=pre, force=force, progress=progress)
     path = _output_path(job.checkpoint, job.level, Path(output_dir), output_name)
     _warn(job.checkpoint)
     if imatrix is None and job.lacks_imatrix and not error_feedback: origin, imatrix = "computed", _computed_imatrix(job, *texts.values(), device, progress)
+    guard = protect(job, imatrix, coverage=protection_coverage, calibration_data=calibration_data, search=search, device=str(_device(device)), progress=progress) if protect_super_weights else None
+    if guard: job, imatrix = guard.job, guard.imatrix
     ahead = _ahead(job, imatrix, _device(device), search, effort, calibration_data, checkpoint_dir, resume, progress) if error_feedback else EncodedAhead({}, {}, {})
-    _check_importance(job, imatrix, frozenset(ahead.encoded))
-    run = _Run(job, imatrix, _device(device), progress, search, ahead)
-    result = _result(run, write_gguf(_with_folder(path), job.metadata, job.infos, run.produce, max_shard_bytes=max_shard_size), start, origin)
+    result = _written(job, imatrix, ahead, guard, path, search, _device(device), max_shard_size, progress, start, origin)
     ahead.discard()
     return result
+
+def _written(job: GGUFJob, imatrix, ahead: EncodedAhead, guard, path: Path, search: str, where: torch.device, shard: int | None, progress, start: float, origin: str | None) -> QuantizationResult:
+    "Write the file, and say how it went; with `guard`, the super weights are looked after."
+    _check_importance(job, imatrix, frozenset(ahead.encoded))
+    fed_back = bool(ahead.encoded)
+    if guard: guard, ahead = finish(guard, ahead, search, str(where))
+    run = _Run(job, imatrix, where, progress, search, ahead)
+    result = _result(run, write_gguf(_with_folder(path), job.metadata, job.infos, run.produce, max_shard_bytes=shard), start, origin)
+    if guard is None: return result
+    found = report(guard, result.output_path, ahead, fed_back=fed_back, device=str(where))
+    return replace(result, protection=found, duration_seconds=time.monotonic() - start)
 
 def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
