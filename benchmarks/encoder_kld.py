@@ -19,7 +19,7 @@ from llm_quantize.codec import dequantize, quantize
 from llm_quantize.decoded import load_float
 from llm_quantize.imatrix import ImportanceMatrix
 from llm_quantize.qtypes import qtype
-from llm_quantize.quality import score_windows
+from llm_quantize.scores import score_windows
 
 
 def fill(model, tensors, checkpoint, imatrix, name, way):

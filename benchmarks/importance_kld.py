@@ -21,7 +21,7 @@ from llm_quantize.checkpoint import open_checkpoint, sample_path
 from llm_quantize.decoded import load_float, load_quantized
 from llm_quantize.imatrix import ImportanceMatrix
 from llm_quantize.importance import METHODS, collect
-from llm_quantize.quality import score_windows
+from llm_quantize.scores import score_windows
 from llm_quantize.quantize import quantize
 
 QUIET = llama_cpp.llama_log_callback(lambda *_: None)

@@ -18,7 +18,7 @@ from llm_quantize.checkpoint import open_checkpoint
 from llm_quantize.codec import SEARCHES
 from llm_quantize.decoded import load_float, load_quantized
 from llm_quantize.imatrix import ImportanceMatrix
-from llm_quantize.quality import score_windows
+from llm_quantize.scores import score_windows
 from llm_quantize.quantize import quantize
 
 MIXES = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL", "Q2_K", "Q3_K_M", "Q4_K_M", "TQ2_0"]

@@ -16,7 +16,7 @@ import torch
 from llm_quantize.calibration import bundled_text, load_tokenizer, windows
 from llm_quantize.checkpoint import open_checkpoint, sample_path
 from llm_quantize.decoded import load_float, load_quantized
-from llm_quantize.quality import score_windows
+from llm_quantize.scores import score_windows
 from llm_quantize.quantize import quantize
 
 

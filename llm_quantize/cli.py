@@ -199,33 +199,36 @@ def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpo
 # %% ../nbs/50_cli.ipynb #cli-quality-report-verb
 _TEXT = typer.Option(help="evaluation text: .txt, .json or .jsonl; default: the bundled held-out text")
 _WINDOWS = typer.Option(min=1, help="windows of 512 tokens to evaluate, at most")
+_BACKEND = typer.Option(help="what runs the quantized model: our decoder, or llama.cpp itself", metavar="torch|llama.cpp")
 
 @quality_app.command("report")
 def quality_report_verb(original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="checkpoint directory or Hub id")],
-                        quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="GGUF file made from it")],
+                        quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="GGUF file or directory made from it")],
                         calibration_data: Annotated[Optional[Path], _TEXT] = None,
                         calibration_samples: Annotated[int, _WINDOWS] = 256,
-                        include_layers: Annotated[bool, typer.Option("--include-layers", help="error of every tensor")] = False,
-                        report: Annotated[Optional[Path], typer.Option("-o", "--output", help="also write the report to this .json or .md file")] = None):
+                        include_layers: Annotated[bool, typer.Option("--include-layers", help="error of every tensor and block, in weights and in outputs")] = False,
+                        backend: Annotated[str, _BACKEND] = "torch",
+                        report: Annotated[Optional[Path], typer.Option("-o", "--output", help="also write the report to this .json, .md or .html file")] = None):
     "Compare one quantized model with its original in depth."
     from llm_quantize.quality import quality_report
     with progress_bar("evaluating") as progress:
         result = quality_report(original, quantized, calibration_data=calibration_data, calibration_samples=calibration_samples,
-                                include_layers=include_layers, progress=progress)
-    if report is not None: result.save(report)
+                                include_layers=include_layers, output=report, backend=backend, progress=progress)
     output.show(result, lambda result: print(result.render()))
 
 @quality_app.command("compare")
 def quality_compare_verb(original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="checkpoint directory or Hub id")],
-                         quantized: Annotated[list[Path], typer.Argument(metavar="QUANTIZED...", help="GGUF files made from it")],
+                         quantized: Annotated[list[Path], typer.Argument(metavar="QUANTIZED...", help="GGUF files or directories made from it")],
                          metrics: Annotated[Optional[str], typer.Option(help="some of perplexity,kld,top1,size,bpw")] = None,
                          calibration_data: Annotated[Optional[Path], _TEXT] = None,
-                         calibration_samples: Annotated[int, _WINDOWS] = 256):
+                         calibration_samples: Annotated[int, _WINDOWS] = 256,
+                         backend: Annotated[str, _BACKEND] = "torch",
+                         report: Annotated[Optional[Path], typer.Option("-o", "--output", help="also write the comparison to this .html, .json, .csv or .md file")] = None):
     "One line per quantized model: perplexity, KL divergence, agreement, size."
     from llm_quantize.quality import compare
     with progress_bar("evaluating") as progress:
         result = compare(original, quantized, metrics=metrics.split(",") if metrics else None, calibration_data=calibration_data,
-                         calibration_samples=calibration_samples, progress=progress)
+                         calibration_samples=calibration_samples, output=report, backend=backend, progress=progress)
     print(result.render(output.format))
 
 # %% ../nbs/50_cli.ipynb #cli-as-known

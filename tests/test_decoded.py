@@ -15,7 +15,7 @@ from llm_quantize.checkpoint import open_checkpoint
 from llm_quantize.decoded import FloatModel, GGUFModel, load_float, load_quantized, open_quantized, placement
 from llm_quantize.errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
 from llm_quantize.gguf_model import open_gguf, write_gguf
-from llm_quantize.quality import _hidden, _logits
+from llm_quantize.scores import _hidden, _logits
 from llm_quantize.quantize import quantize
 
 SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,

@@ -19,7 +19,7 @@ from llm_quantize.decoded import load_float, load_quantized
 from llm_quantize.encode_ahead import Effort, encode_ahead, find_effort
 from llm_quantize.errors import ArgumentError, CheckpointError
 from llm_quantize.hessian import layer_groups, second_moments
-from llm_quantize.quality import score_windows
+from llm_quantize.scores import score_windows
 from llm_quantize.quantize import quantize
 
 

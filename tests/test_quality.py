@@ -19,13 +19,15 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize import decoded, quality
+from llm_quantize import decoded, scores
 from llm_quantize.calibration import bundled_text, load_tokenizer, windows
 from llm_quantize.checkpoint import open_checkpoint
 from llm_quantize.decoded import load_float, load_quantized
 from llm_quantize.errors import ArgumentError, CalibrationError, ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
 from llm_quantize.gguf_model import open_gguf
-from llm_quantize.quality import Comparison, TokenScores, compare, human_size, quality_report, score_logits, score_windows, statistics
+from llm_quantize.quality import Comparison, compare, quality_report
+from llm_quantize.report import human_size
+from llm_quantize.scores import TokenScores, score_logits, score_windows, statistics
 from llm_quantize.quantize import quantize
 
 METRIC_KEYS = {"perplexity_original", "perplexity_quantized", "perplexity_delta_pct", "kld_mean", "kld_p99", "kld_max", "top1_agreement", "rms_delta_p",
@@ -179,7 +181,7 @@ def test_one_pass_over_several_models_equals_several_passes(original, checkpoint
     models = [load_quantized(checkpoint, files[level]) for level in ("Q8_0", "Q2_K")]
     together, alone = score_windows(original, models, ids[:2]), [score_windows(original, [m], ids[:2])[0] for m in models]
     for a, b in zip(together, alone): assert torch.equal(a.kld, b.kld)
-    monkeypatch.setitem(quality._BLOCK, "cpu", 7 * 4096)  # blocks of seven places: 255 does not divide
+    monkeypatch.setitem(scores._BLOCK, "cpu", 7 * 4096)  # blocks of seven places: 255 does not divide
     for a, b in zip(together, score_windows(original, models, ids[:2])):
         assert len(b.kld) == 2 * 255 and torch.allclose(a.kld, b.kld, rtol=1e-3, atol=1e-9)
 
@@ -202,6 +204,7 @@ def test_one_damaged_tensor_raises_the_divergence(checkpoint, files, tmp_path):
     assert bad.metrics.kld_mean > 10 * good.metrics.kld_mean
     changed = [a["layer_name"] for a, b in zip(good.layer_errors, bad.layer_errors) if a != b]
     assert changed == ["blk.1.ffn_down.weight"]
+    assert [a["layer_name"] for a, b in zip(good.block_errors, bad.block_errors) if a != b] == ["blk.1"], "outputs are measured on the original's inputs: nothing after the damage is blamed"
 
 
 def test_a_weight_that_is_not_a_number_is_named(original, checkpoint, files, ids):
@@ -288,7 +291,7 @@ def test_the_comparison_with_llama_cpp_can_fail(files, judged_by_both, tmp_path)
 
 _PEAK = """
 import sys, torch, transformers
-from llm_quantize.quality import score_windows
+from llm_quantize.scores import score_windows
 def memory(key): return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 config = transformers.LlamaConfig(vocab_size=152064, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
 models = [transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False) for _ in range(2)]
@@ -360,12 +363,12 @@ def test_reports_are_written_by_their_ending(ending, words, checkpoint, files, t
 
 def test_the_human_table_has_the_columns_of_the_quickstart(comparison):
     lines = comparison.render().splitlines()
-    assert [cell.strip() for cell in lines[0].split("|")] == ["Model", "Perplexity", "Delta", "Size", "BPW", "KLD", "Top-1"]
-    assert re.fullmatch(r"-+\|-+\|-+\|-+\|-+\|-+\|-+", lines[1])
+    assert [cell.strip() for cell in lines[0].split("|")] == ["Model", "Perplexity", "Delta", "KLD", "Size", "BPW", "Top-1", "Pareto"]
+    assert re.fullmatch(r"-+(\|-+){7}", lines[1])
     assert [line.split(" ")[0] for line in lines[2:]] == ["sample-4m-Q8_0.gguf", "sample-4m-Q4_K_M.gguf", "sample-4m-Q2_K.gguf"], "largest first"
     bars = [[i for i, c in enumerate(line) if c == "|"] for line in lines]
     assert all(b == bars[0] for b in bars)
-    assert re.fullmatch(r"sample-4m-Q2_K\.gguf +\| \d+\.\d\d +\| \+\d+\.\d% +\| 2\.1MB \| 4\.0 \| 0\.\d{6} ± 0\.\d{6} \| \d\d\.\d\d%", lines[-1])
+    assert re.fullmatch(r"sample-4m-Q2_K\.gguf +\| \d+\.\d\d +\| \+\d+\.\d% +\| 0\.\d{6} ± 0\.\d{6} \| 2\.1MB \| 4\.0 \| \d\d\.\d\d% \| \*", lines[-1])
 
 
 def test_json_and_csv_hold_the_same_numbers(comparison):
@@ -379,7 +382,7 @@ def test_json_and_csv_hold_the_same_numbers(comparison):
 
 def test_metrics_choose_columns(comparison):
     some = Comparison(comparison.original_model, comparison.reports, ("kld", "size"))
-    assert some.table()[0] == ["Model", "Size", "KLD"]
+    assert some.table()[0] == ["Model", "KLD", "Size", "Pareto"]
     keys = set(some.to_dict()[0])
     assert {"model", "kld_mean", "kld_p99", "file_size"} <= keys and not {"perplexity_quantized", "top1_agreement", "effective_bpw"} & keys
 

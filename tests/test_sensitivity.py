@@ -66,7 +66,7 @@ def test_the_curvature_is_that_of_the_loss(sample, ids, probe):
 
 def test_the_probe_agrees_with_the_evaluator_of_whole_models(sample, ids, probe):
     from llm_quantize.decoded import load_float
-    from llm_quantize.quality import score_windows
+    from llm_quantize.scores import score_windows
     from llm_quantize.sensitivity import Replaced
     names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.3.ffn_up.weight")
     weights = {name: decoded_as(probe.specs[name].load(sample), "Q4_K", None, probe.specs[name]) for name in names}
