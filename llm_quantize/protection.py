@@ -245,12 +245,17 @@ class Protection:
         "Where spikes come in."
         return list(dict.fromkeys((w.tensor, w.col) for w in sorted(self.found, key=lambda w: -abs(w.value * w.input_spike)) if w.expert is None))
 
+def _check_runs(checkpoint: Checkpoint) -> None:
+    "Raise `ConversionError` for a model that cannot be run as its checkpoint is."
+    if isinstance(checkpoint, BitNetCheckpoint):
+        raise ConversionError("super weights are found by running the model, and a BitNet checkpoint is not run here", "use -q TERNARY, which loses nothing")
+
 def importance_for_protection(model: "str | Path | Checkpoint", calibration_data=None, calibration_samples: int = 256, device: "str | None" = None,
                               progress: "Callable | None" = None) -> ImportanceMatrix:
     "The importance matrix that protection needs and nobody gave; says so."
     _log.info("--protect-super-weights needs an importance matrix, and none was given: computing one first")
     checkpoint = open_checkpoint(model)
-    if isinstance(plain_weights(checkpoint), BitNetCheckpoint): raise ConversionError("super weights are found by running the model, and a BitNet checkpoint is not run here", "use -q TERNARY, which loses nothing")
+    _check_runs(plain_weights(checkpoint))
     tell = (lambda done, total, speed="": progress(done, total, f"importance matrix {speed}".rstrip())) if progress else None
     return cached_imatrix(checkpoint, calibration_data=calibration_data, calibration_samples=calibration_samples, device=device, progress=tell)
 
@@ -278,7 +283,7 @@ def protect(job: GGUFJob,                # the plan
             search: str = "fast", device: str = "cpu", progress: "Callable | None" = None) -> Protection:
     "Plan the protection of a model's super weights; with none found, everything stays as it is."
     if not 0 <= coverage <= 1: raise ArgumentError(f"--protection-coverage is {coverage}", "give the share of weights to protect, between 0 and 1; 0.0001 is usual")
-    if isinstance(job.checkpoint, BitNetCheckpoint): raise ConversionError("super weights are found by running the model, and a BitNet checkpoint is not run here", "use -q TERNARY, which loses nothing")
+    _check_runs(job.checkpoint)
     ids, selection = texts(job.checkpoint, replace(find_effort("quick"), selection=WINDOWS), calibration_data)
     found = saved_super_weights(imatrix)
     if found is None: found = find_super_weights(job.checkpoint, ids[:1], device=device).found
