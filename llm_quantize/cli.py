@@ -139,7 +139,8 @@ def _show_protection(found: dict) -> None:
     for name in ("super weight", "original", "before", "now", "error", "spike", ""): table.add_column(name, justify="left" if name in ("super weight", "") else "right")
     for w in found["weights"]:
         spike = "" if w["activation_ratio"] is None else f"x {w['activation_ratio']:.3f}"
-        table.add_row(f"{w['tensor']} {w['row']}, {w['column']}", f"{w['original']:.5f}", f"{w['before']:.5f}", f"{w['after']:.5f}", f"{w['relative_error']:.1e}", spike, "pinned" if w["pinned"] else "")
+        values = [f"{w[key]:.5f}" for key in ("original", "before", "after")]
+        table.add_row(f"{w['tensor']} {w['row']}, {w['column']}", *values, f"{w['relative_error']:.1e}", spike, "pinned" if w["pinned"] else "")
     screen.print(table)
 
 def _show_plan(job) -> None:
@@ -181,13 +182,11 @@ def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpo
     from llm_quantize.quantize import check_search, load_importance, quantize as run
     target = target_of(target_bpw, target_size)
     shard, search = parse_size(max_shard_size) if max_shard_size else None, check_search(search)
-    if dry_run and quant_level.lower() == "dynamic":
-        output.show(planned(model, profile, target=target, imatrix=load_importance(imatrix), effort=effort, calibration_data=calibration_data,
-                             calibration_samples=calibration_samples, sensitivity=costs_beside(imatrix), pre=pre), _show_plan)
-        return
     if dry_run:
-        output.show(plan_gguf(model, quant_level, imatrix=load_importance(imatrix), pre=pre, force=force), _show_plan)
-        return
+        if protect_super_weights: logging.getLogger("llm_quantize").info("the plan as it is before super weights are protected, which exchanges types at the same size")
+        if quant_level.lower() != "dynamic": return output.show(plan_gguf(model, quant_level, imatrix=load_importance(imatrix), pre=pre, force=force), _show_plan)
+        return output.show(planned(model, profile, target=target, imatrix=load_importance(imatrix), effort=effort, calibration_data=calibration_data,
+                                   calibration_samples=calibration_samples, sensitivity=costs_beside(imatrix), pre=pre), _show_plan)
     kept = None if no_checkpoints else checkpoint_dir or os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint"
     with progress_bar("quantizing") as progress:
         result = run(model, format, quant_level, output_dir=output_dir, output_name=output_name, imatrix=imatrix, calibration_data=calibration_data,

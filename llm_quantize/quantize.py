@@ -31,7 +31,7 @@ from .gguf_model import open_gguf, write_gguf
 from .gguf_plan import GGUFJob, plan_dynamic, plan_gguf
 from .imatrix import ImportanceMatrix
 from .profiles import Profile, Target
-from .protection import finish, importance_for_protection, protect, report
+from .protection import Protection, finish, importance_for_protection, protect, report
 from .qtypes import QTYPES, nearest
 
 # %% ../nbs/38_quantize.ipynb #quantize-check-finite
@@ -263,34 +263,36 @@ def quantize(model: "str | Path | Checkpoint",                        # director
              progress: Callable[[int, int, str], None] | None = None  # (weights done, weights in all, tensor)
             ) -> QuantizationResult:
     "Quantize a model; raises the exceptions of `errors` and leaves no unfinished file under the final name."
-    start = time.monotonic()
-    search, effort, imatrix = *_check_options(format, quant_level, search, effort, calibration_samples, error_feedback, resume, profile, target), load_importance(imatrix)
-    texts, origin = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, "given" if imatrix is not None else None
-    dynamic = str(quant_level).lower() == "dynamic"
-    if dynamic or protect_super_weights: _output_path(open_checkpoint(model), str(quant_level), Path(output_dir), output_name)
-    if protect_super_weights and imatrix is None: origin, imatrix = "computed", importance_for_protection(model, **texts, device=device, progress=progress)
-    if dynamic:
+    start, (search, effort) = time.monotonic(), _check_options(format, quant_level, search, effort, calibration_samples, error_feedback, resume, profile, target)
+    texts, given, imatrix = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, imatrix is not None, load_importance(imatrix)
+    if str(quant_level).lower() == "dynamic" or protect_super_weights: _output_path(open_checkpoint(model), str(quant_level), Path(output_dir), output_name)
+    if protect_super_weights and imatrix is None: imatrix = importance_for_protection(model, **texts, device=device, progress=progress)
+    if str(quant_level).lower() == "dynamic":
         job, imatrix = plan_dynamic(model, profile, target=target, imatrix=imatrix, effort=effort, **texts, sensitivity=sensitivity, pre=pre, device=device, progress=progress)
-        origin = origin or "computed"
     else: job = plan_gguf(model, quant_level, imatrix=imatrix, pre=pre, force=force, progress=progress)
     path = _output_path(job.checkpoint, job.level, Path(output_dir), output_name)
     _warn(job.checkpoint)
-    if imatrix is None and job.lacks_imatrix and not error_feedback: origin, imatrix = "computed", _computed_imatrix(job, *texts.values(), device, progress)
-    guard = protect(job, imatrix, coverage=protection_coverage, calibration_data=calibration_data, search=search, device=str(_device(device)), progress=progress) if protect_super_weights else None
-    if guard: job, imatrix = guard.job, guard.imatrix
-    ahead = _ahead(job, imatrix, _device(device), search, effort, calibration_data, checkpoint_dir, resume, progress) if error_feedback else EncodedAhead({}, {}, {})
-    result = _written(job, imatrix, ahead, guard, path, search, _device(device), max_shard_size, progress, start, origin)
+    if imatrix is None and job.lacks_imatrix and not error_feedback: imatrix = _computed_imatrix(job, *texts.values(), device, progress)
+    guard = _guarded(job, imatrix, protect_super_weights, protection_coverage, calibration_data, search, _device(device), progress)
+    ahead = _ahead(guard.job, guard.imatrix, _device(device), search, effort, calibration_data, checkpoint_dir, resume, progress) if error_feedback else EncodedAhead({}, {}, {})
+    result = _written(guard, ahead, path, search, _device(device), max_shard_size, progress, start, given)
     ahead.discard()
     return result
 
-def _written(job: GGUFJob, imatrix, ahead: EncodedAhead, guard, path: Path, search: str, where: torch.device, shard: int | None, progress, start: float, origin: str | None) -> QuantizationResult:
-    "Write the file, and say how it went; with `guard`, the super weights are looked after."
+def _guarded(job: GGUFJob, imatrix, wanted: bool, coverage: float, data, search: str, where: torch.device, progress) -> Protection:
+    "The plan with its super weights looked after, or as it is."
+    if not wanted: return Protection(job, imatrix, job, imatrix)
+    return protect(job, imatrix, coverage=coverage, calibration_data=data, search=search, device=str(where), progress=progress)
+
+def _written(guard: Protection, ahead: EncodedAhead, path: Path, search: str, where: torch.device, shard: int | None, progress, start: float, given: bool) -> QuantizationResult:
+    "Write the file, and say how it went."
+    job, imatrix, fed_back = guard.job, guard.imatrix, bool(ahead.encoded)
     _check_importance(job, imatrix, frozenset(ahead.encoded))
-    fed_back = bool(ahead.encoded)
-    if guard: guard, ahead = finish(guard, ahead, search, str(where))
+    guard, ahead = finish(guard, ahead, search, str(where))
     run = _Run(job, imatrix, where, progress, search, ahead)
-    result = _result(run, write_gguf(_with_folder(path), job.metadata, job.infos, run.produce, max_shard_bytes=shard), start, origin)
-    if guard is None: return result
+    files = write_gguf(_with_folder(path), job.metadata, job.infos, run.produce, max_shard_bytes=shard)
+    result = _result(run, files, start, "given" if given else "computed" if imatrix is not None else None)
+    if guard.ranked is None: return result # nobody asked for protection
     found = report(guard, result.output_path, ahead, fed_back=fed_back, device=str(where))
     return replace(result, protection=found, duration_seconds=time.monotonic() - start)
 

@@ -176,6 +176,19 @@ def test_the_spike_in_plain_transformers(pair):
     assert ratios == pytest.approx([w["activation_ratio"] for w in pair[1].protection["weights"]], rel=1e-3)
 
 
+def test_where_nothing_can_be_exchanged_a_column_is_rescaled(imatrix, tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_quantize.protection._exchanged", lambda *args: {})
+    guarded = quantize(sample_path(), "gguf", "IQ2_XXS", imatrix=imatrix, output_dir=tmp_path, protect_super_weights=True)
+    found, [scaled] = guarded.protection, guarded.protection["rescaled"]
+    factor, spec = scaled["up_row_times"], next(s for s in plan_gguf(sample_path(), "IQ2_XXS").specs if s.name == DOWN)
+    assert (scaled["tensor"], scaled["column"]) == (DOWN, 210) and factor in (0.5, 0.25, 0.125) and found["exchanged"] == []
+    decoded = read(guarded.output_path)[DOWN][1]
+    for w in found["weights"]:
+        assert w["after"] == pytest.approx(float(decoded[w["row"], 210]) * factor, rel=1e-6) and w["pinned"]
+        assert abs(float(decoded[w["row"], 210]) - w["original"] / factor) <= half_ulp(w["original"] / factor) and 0.98 <= w["activation_ratio"] <= 1.02
+    assert spec.shape[-1] == 768 and guarded.file_size == found["size_unprotected"] and found["kld_difference"] < -2 * found["kld_difference_se"]
+
+
 def test_layers_say_that_they_are_protected(pair):
     assert {s["layer_name"] for s in pair[1].layer_summary() if s["is_protected"]} == {"blk.0"}
     assert not any(s["is_protected"] for s in pair[0].layer_summary()) and pair[0].protection is None
