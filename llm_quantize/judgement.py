@@ -167,7 +167,8 @@ def _advice(bench: _Bench, result, opened, module, measure: Callable, loss: floa
     now, worst = _culprits(bench, opened, module)
     words = []
     if worst and worst[0][2] < now:
-        words.append("the tensors that hurt most: " + ", ".join(f"{name} ({type}; with the original's weights KL divergence falls from {now:.3g} to {kld:.3g})" for name, type, kld in worst[:3] if kld < now))
+        told = (f"{name} ({type}; with the original's weights KL divergence falls from {now:.3g} to {kld:.3g})" for name, type, kld in worst[:3] if kld < now)
+        words.append("the tensors that hurt most: " + ", ".join(told))
     best, tried = _search(bench, result, measure, loss, allowed, options)
     if best: words.append(f"{best.words} meets the threshold: {show(tried[best.words][1])} at {human_size(best.size)}, where this file has {human_size(result.file_size)}")
     elif tried: words.append("nothing that was tried meets the threshold: " + ", ".join(f"{name} gives {show(found)} at {human_size(size)}" for name, (size, found) in tried.items()))
@@ -216,12 +217,13 @@ def _compare_tensors(opened) -> tuple: # number of tensors, the one furthest fro
     worst, count = None, 0
     for name, type, _, original, decoded in opened.pairs():
         count += 1
-        if not decoded.isfinite().all(): raise ValidationError(f"tensor {name} of {opened.name} does not decode to numbers: a scale is NaN or infinite", "the file is damaged, or was made by a faulty encoder: make it again")
+        if not decoded.isfinite().all(): raise ValidationError(f"tensor {name} of {opened.name} does not decode to numbers: a scale is NaN or infinite", "the file is damaged: make it again")
         energy = original.square().sum().item()
         error = (decoded - original).square().sum().item() / energy if energy else float(decoded.any())
         high, most = decoded.abs().max().item(), original.abs().max().item()
         if error >= 1 or high > 4 * most:
-            raise ValidationError(f"tensor {name} of {opened.name} is not what it was made from: relative error {error:.3g}, largest weight {high:.3g} where the original's is {most:.3g}", "the file is damaged, or of another version of the model: make it again")
+            raise ValidationError(f"tensor {name} of {opened.name} is not what it was made from: relative error {error:.3g}, largest weight {high:.3g} where the original's is {most:.3g}",
+                                  "the file is damaged, or of another version of the model: make it again")
         if worst is None or error > worst["relative_error"]: worst = {"name": name, "type": type, "relative_error": error}
     return count, worst
 

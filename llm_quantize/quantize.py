@@ -237,7 +237,8 @@ def check_tensors(file: GGUFFile,         # an opened file
         for part in parts:
             weights = file.decode(name) if part is None else dequantize(part, type)
             if not weights.isfinite().all():
-                raise ValidationError(f"tensor {name} of {file.path.name} does not decode to numbers: a scale is NaN or infinite", "the file is damaged, or was made by a faulty encoder: make it again")
+                raise ValidationError(f"tensor {name} of {file.path.name} does not decode to numbers: a scale is NaN or infinite",
+                                      "the file is damaged, or was made by a faulty encoder: make it again")
 
 def _validate(path: Path, infos: list, meant: dict | None = None) -> str:
     "Open the written file again, compare its table of tensors with the plan, and every tensor with what was produced."
