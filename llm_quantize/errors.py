@@ -15,14 +15,15 @@ class LLMQuantizeError(Exception):
 
     def __init__(self,
                  message: str,          # one line: what was found, what was expected
-                 suggestion: str = ""): # one line: the next step
+                 suggestion: str = "",  # one line: the next step
+                 details: "dict | None" = None): # facts for a program: where the file is, what was measured
         super().__init__(message)
-        self.message, self.suggestion = message, suggestion
+        self.message, self.suggestion, self.details = message, suggestion, details or {}
 
     def to_dict(self) -> dict: # the JSON error object of the command line
         "The failure as the command line prints it with `--format json`."
         return {"status": "error", "error_code": self.exit_code, "error_type": type(self).__name__,
-                "message": self.message, "suggestion": self.suggestion}
+                "message": self.message, "suggestion": self.suggestion, **self.details}
 
 # %% ../nbs/00_errors.ipynb #errors-argumenterror
 class ArgumentError(LLMQuantizeError):

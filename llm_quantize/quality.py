@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from .bitnet import plain_weights
 from .calibration import bundled_text, load_tokenizer, read_text, windows
 from .checkpoint import Checkpoint, open_checkpoint
+from .coherence import check_coherence, read_prompts
 from .decoded import load_float, open_quantized, placement
 from .errors import ArgumentError
 from .layer_errors import layer_errors
@@ -209,6 +210,8 @@ def quality_report(original: "str | Path | Checkpoint",           # Hugging Face
                    *, calibration_data: "str | Path | None" = None, # evaluation text; default: the bundled held-out text
                    calibration_samples: int = 256,                # windows of 512 tokens, at most
                    include_layers: bool = False,                  # also the error of every tensor and block
+                   coherence_check: bool = False,                 # also let it speak
+                   prompts: "str | Path | None" = None,           # file of prompts to add to the bundled ones
                    output: "str | Path | None" = None,            # .json, .md or .html file to write
                    backend: str = "torch",                        # or "llama.cpp", which runs the GGUF itself
                    device: str | None = None,                     # default: CUDA if there is one
@@ -218,9 +221,11 @@ def quality_report(original: "str | Path | Checkpoint",           # Hugging Face
     "Measure what quantization cost; raises the exceptions of `errors`."
     if output is not None: check_ending(output, tuple(REPORT_FORMS))
     _check_backend(backend, [quantized])
+    if coherence_check: read_prompts(prompts)
     checkpoint = _open_original(original)
     model = open_quantized(checkpoint, quantized)
     [report] = _judge(checkpoint, [model], [quantized], _Setting(calibration_samples, calibration_data, device, dtype, progress, include_layers, backend))
+    if coherence_check: report = replace(report, coherence_score=check_coherence(checkpoint, quantized, prompts=prompts, device=device).score)
     if output is not None: report.save(output)
     return report
 

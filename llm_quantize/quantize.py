@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'check_finite', 'check_search', 'encode_tensor', 'relative_error', 'QuantizationResult', 'load_importance',
-           'quantize']
+           'checksum', 'check_tensors', 'quantize']
 
 # %% ../nbs/38_quantize.ipynb #quantize-import-logging
+import hashlib
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ from .codec import SEARCHES, dequantize
 from .codec import quantize as encode
 from .encode_ahead import EncodedAhead, encode_ahead, find_effort
 from .errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
-from .gguf_model import open_gguf, write_gguf
+from .gguf_model import GGUFFile, open_gguf, write_gguf
 from .gguf_plan import GGUFJob, plan_dynamic, plan_gguf
 from .imatrix import ImportanceMatrix
 from .profiles import Profile, Target
@@ -94,7 +95,7 @@ class QuantizationResult:
     original_size: int          # bytes of the checkpoint's weights files
     duration_seconds: float
     peak_memory_bytes: int      # resident memory of this process at its largest
-    validation_status: str      # "passed": the file was opened again and holds what was planned
+    validation_status: str      # "passed": the file was opened again, and every tensor holds what was produced and decodes to numbers
     files: tuple[str, ...] = () # every shard
     profile: str | None = None
     quality_report: dict | None = None
@@ -219,12 +220,35 @@ def _check_importance(job: GGUFJob, imatrix: ImportanceMatrix | None, ahead: fro
         raise ImatrixError(f"the importance matrix has no entry for {len(absent)} tensors whose types need one, first: {absent[0]} as {job.plan[absent[0]].type}",
                            "use an imatrix of this very model, or none: then it is computed")
 
-def _validate(path: Path, infos: list) -> str:
-    "Open the written file again and compare its table of tensors with the plan."
+def checksum(data: torch.Tensor # uint8
+            ) -> str:
+    "A fingerprint of the bytes of a tensor."
+    return hashlib.blake2b(data.cpu().contiguous().numpy(), digest_size=16).hexdigest()
+
+_DECODED = 2 ** 24 # weights at a time
+
+def check_tensors(file: GGUFFile,         # an opened file
+                  meant: dict | None = None # name -> checksum of the bytes that were produced
+                 ) -> None:
+    "Read and decode every tensor; raises `ValidationError` naming one that was not written as it was made, or that does not decode to numbers, as with a scale of NaN or infinity."
+    for name, (type, shape) in file.tensors.items():
+        data = file.data(name)
+        if meant is not None and checksum(data) != meant.get(name):
+            raise ValidationError(f"tensor {name} of {file.path.name} holds other bytes than were written", "the disk or the memory is at fault: make the file again, in another place")
+        parts = data.split(max(1, _DECODED // shape[-1])) if type in QTYPES else [None]
+        for part in parts:
+            weights = file.decode(name) if part is None else dequantize(part, type)
+            if not weights.isfinite().all():
+                raise ValidationError(f"tensor {name} of {file.path.name} does not decode to numbers: a scale is NaN or infinite",
+                                      "the file is damaged, or was made by a faulty encoder: make it again")
+
+def _validate(path: Path, infos: list, meant: dict | None = None) -> str:
+    "Open the written file again, compare its table of tensors with the plan, and every tensor with what was produced."
     found = open_gguf(path).tensors
     wrong = [name for name, shape, type in infos if found.get(name) != (type, tuple(shape))]
     if wrong or len(found) != len(infos):
         raise ValidationError(f"{path.name} does not hold what was planned: {(wrong or sorted(set(found) - {i[0] for i in infos}))[0]}", "report this as a bug; the file is kept")
+    check_tensors(open_gguf(path), meant)
     return "passed"
 
 def _usual_dtype(checkpoint: Checkpoint) -> str:
@@ -308,7 +332,7 @@ def _result(run: "_Run", files: list, start: float, origin: str | None) -> Quant
     job = run.job
     return QuantizationResult(str(files[0]), "gguf", job.level, tuple(run.records), files=tuple(map(str, files)),
         file_size=sum(f.stat().st_size for f in files), parameters=job.checkpoint.parameters, original_dtype=_usual_dtype(job.checkpoint), original_size=job.checkpoint.bytes,
-        duration_seconds=time.monotonic() - start, peak_memory_bytes=_peak_memory(), validation_status=_validate(files[0], job.infos),
+        duration_seconds=time.monotonic() - start, peak_memory_bytes=_peak_memory(), validation_status=_validate(files[0], job.infos, {r["name"]: r["checksum"] for r in run.records}),
         search=run.search, imatrix=origin, error_feedback=run.ahead.notes or None, profile=job.profile, allocation=job.allocation)
 
 def _ahead(job: GGUFJob, imatrix: ImportanceMatrix | None, where: torch.device, search: str, effort: str, data, checkpoint_dir, resume, progress) -> EncodedAhead:
@@ -335,7 +359,7 @@ class _Run:
         if data is None: data = encode_tensor(self.ahead.norms.get(spec.name, weights), planned.type, _importance(self.imatrix, spec), self.device, self.search)
         error = relative_error(weights, data, planned.type)
         self.records.append({"name": spec.name, "type": planned.type, "weights": weights.numel(), "bpw": QTYPES[planned.type].bpw,
-                             "bytes": data.numel(), "error": error})
+                             "bytes": data.numel(), "error": error, "checksum": checksum(data)})
         self.done += weights.numel()
         if self.progress: self.progress(self.done, self.total, spec.name)
         return data
