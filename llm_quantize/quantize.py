@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'check_finite', 'check_search', 'encode_tensor', 'relative_error', 'QuantizationResult', 'load_importance',
-           'quantize']
+           'quantize_gguf', 'quantize']
 
 # %% ../nbs/38_quantize.ipynb #quantize-import-logging
 import logging
@@ -14,7 +14,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from .gguf_plan import GGUFJob, plan_dynamic, plan_gguf
 from .imatrix import ImportanceMatrix
 from .profiles import Profile, Target
 from .qtypes import QTYPES, nearest
+from .smoothquant import SmoothQuantResult, smoothquant
 
 # %% ../nbs/38_quantize.ipynb #quantize-check-finite
 def check_finite(name: str,             # the tensor's name, for the message
@@ -151,7 +152,7 @@ class QuantizationResult:
 
 # %% ../nbs/38_quantize.ipynb #quantize-output-path
 logger = logging.getLogger(__name__)
-_OTHER_FORMATS = ("smoothquant", "awq", "gptq")
+_OTHER_FORMATS = ("awq", "gptq")
 
 def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | None) -> Path:
     "Where the file goes; refuses a place that cannot be written to, before hours of work and not after."
@@ -172,8 +173,8 @@ def _with_folder(path: Path) -> Path:
 
 def _check_options(format: str, level: str, search: str, effort: str, samples: int, error_feedback: bool, resume, profile, target) -> tuple: # search and effort, in lower case
     "Refuse what cannot be done, before anything is read."
-    if format in _OTHER_FORMATS: raise ConversionError(f"the format {format} is not available in this version", "use gguf")
-    if format != "gguf": raise ArgumentError(f"unknown format '{format}'", "use gguf")
+    if format in _OTHER_FORMATS: raise ConversionError(f"the format {format} is not available in this version", "use gguf or smoothquant")
+    if format != "gguf": raise ArgumentError(f"unknown format '{format}'", "use gguf or smoothquant")
     search = check_search(search)
     find_effort(effort)
     if samples < 1: raise ArgumentError(f"--calibration-samples is {samples}", "use 1 or more; 256 is usual")
@@ -236,7 +237,7 @@ def _peak_memory() -> int: # bytes
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 # %% ../nbs/38_quantize.ipynb #quantize-quantize-2
-def quantize(model: "str | Path | Checkpoint",                        # directory, Hub id or opened checkpoint
+def quantize_gguf(model: "str | Path | Checkpoint",                   # directory, Hub id or opened checkpoint
              format: str = "gguf",                                    # container
              quant_level: str = "Q4_K_M",                             # type or mix, any case
              *, output_dir: "str | Path" = ".",                       # where to write; made if missing
@@ -258,7 +259,7 @@ def quantize(model: "str | Path | Checkpoint",                        # director
              device: str | None = None,                               # "cuda" or "cpu"; default: CUDA where there is one
              progress: Callable[[int, int, str], None] | None = None  # (weights done, weights in all, tensor)
             ) -> QuantizationResult:
-    "Quantize a model; raises the exceptions of `errors` and leaves no unfinished file under the final name."
+    "Quantize a model to a GGUF file; raises the exceptions of `errors` and leaves no unfinished file under the final name."
     start = time.monotonic()
     search, effort, imatrix = *_check_options(format, quant_level, search, effort, calibration_samples, error_feedback, resume, profile, target), load_importance(imatrix)
     texts, origin = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, "given" if imatrix is not None else None
@@ -320,3 +321,17 @@ class _Run:
         self.done += weights.numel()
         if self.progress: self.progress(self.done, self.total, spec.name)
         return data
+
+# %% ../nbs/38_quantize.ipynb #quantize-quantize-by-format
+def quantize(model: "str | Path | Checkpoint",  # directory, Hub id or opened checkpoint
+             format: str = "gguf",              # "gguf" or "smoothquant"
+             quant_level: str = "Q4_K_M",       # type or mix of a GGUF, any case; smoothquant has one level, W8A8
+             **options                          # those of `quantize_gguf` or of `smoothquant.smoothquant`
+            ) -> "QuantizationResult | SmoothQuantResult":
+    "Quantize a model; raises the exceptions of `errors` and leaves nothing unfinished under the final name."
+    if format != "smoothquant": return quantize_gguf(model, format, quant_level, **options)
+    if str(quant_level).upper() not in ("W8A8", "Q4_K_M"): raise ArgumentError(f"smoothquant has no level {quant_level}", "leave out -q: weights and activations get 8 bits")
+    start = time.monotonic()
+    result = smoothquant(model, **options)
+    return replace(result, duration_seconds=time.monotonic() - start, peak_memory_bytes=_peak_memory())
+
