@@ -20,7 +20,7 @@ from .errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMem
 from .float_module import float_module, load_float
 from .gguf_model import open_gguf
 from .qtypes import QTYPES
-from .smoothquant import W8A8Model, is_int8_directory
+from .smoothing import W8A8Model, is_int8_directory
 
 # %% ../nbs/39_decoded.ipynb #decoded-metadata-differences
 _SAME = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "expert_count", "rope.freq_base")

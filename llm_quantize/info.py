@@ -15,7 +15,7 @@ from .architectures import architecture
 from .bitnet import plain_weights
 from .checkpoint import open_checkpoint
 from .gguf_model import open_gguf
-from .smoothquant import Int8Checkpoint, is_int8_directory
+from .smoothing import Int8Checkpoint, is_int8_directory
 
 # %% ../nbs/44_info.ipynb #info-modelinfo
 @dataclass(frozen=True)
