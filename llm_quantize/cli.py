@@ -177,14 +177,15 @@ def _show_smoothed(result) -> None:
     screen = console()
     screen.print(f"{result.output_path}  {result.file_size / 1e6:,.2f} MB  {result.effective_bpw:.3f} bits per weight  {100 * result.compression_ratio:.1f} % of the original", soft_wrap=True)
     head = ["pair", "folds", "alpha", "output error", "smoothed", "loudest input / median", "after", "loudest weight / median", "after"]
-    print_rows([head] + [[r["pair"], str(r["folds"]), f"{r['alpha']:.2f}", f"{r['error_unsmoothed']:.1e}", f"{r['error']:.1e}", *(f"{r[k]:.1f}" for k in ("inputs_before", "inputs_after", "weights_before", "weights_after"))]
-                        for r in result.by_pair()])
+    uneven = ("inputs_before", "inputs_after", "weights_before", "weights_after")
+    print_rows([head] + [[r["pair"], str(r["folds"]), f"{r['alpha']:.2f}", f"{r['error_unsmoothed']:.1e}", f"{r['error']:.1e}", *(f"{r[k]:.1f}" for k in uneven)] for r in result.by_pair()])
     for label in result.unfit: screen.print(f"not smoothed: {label} cannot be folded in this model", soft_wrap=True)
     for p in result.not_helped[:5]: screen.print(f"not helped: {p['pair']} of layer {p['layer']} (error {p['error_unsmoothed']:.1e} -> {p['error']:.1e}): {p['suggestion']}", soft_wrap=True)
     if len(result.not_helped) > 5: screen.print(f"and {len(result.not_helped) - 5} more, named in smoothquant.json", soft_wrap=True)
     if result.quality_report:
         m = result.quality_report["metrics"]
-        screen.print(f"KL divergence {m['kld_mean']:.6f} ± {m['kld_mean_se']:.6f}, same top token {100 * m['top1_agreement']:.2f} %, perplexity {m['perplexity_original']:.3f} -> {m['perplexity_quantized']:.3f}", soft_wrap=True)
+        screen.print(f"KL divergence {m['kld_mean']:.6f} ± {m['kld_mean_se']:.6f}, same top token {100 * m['top1_agreement']:.2f} %, "
+                     f"perplexity {m['perplexity_original']:.3f} -> {m['perplexity_quantized']:.3f}", soft_wrap=True)
 
 @app.command()
 def quantize(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")],

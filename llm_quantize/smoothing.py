@@ -139,7 +139,8 @@ def family(config: dict  # config.json
     names = config.get("architectures") or []
     for row in FAMILIES:
         if set(names) & set(row.hf): return row
-    raise ConversionError(f"SmoothQuant does not know the architecture {', '.join(names) or config.get('model_type') or '(none in config.json)'}; it knows {', '.join(n for row in FAMILIES for n in row.hf)}",
+    unknown, known = ", ".join(names) or config.get("model_type") or "(none in config.json)", ", ".join(name for row in FAMILIES for name in row.hf)
+    raise ConversionError(f"SmoothQuant does not know the architecture {unknown}; it knows {known}",
                           "a new one needs a row in FAMILIES: for each norm the matrices that read it, and which matrix feeds attention's output and the MLP's last matrix")
 
 # %% ../nbs/36_smoothing.ipynb #smoothing-fold
@@ -388,7 +389,8 @@ class W8A8Model:
         "Raise `ConversionError` if this is no such directory, or not of the checkpoint."
         config = self.other.config["quantization_config"]
         groups = list((config.get("config_groups") or {}).values())
-        good = len(groups) == 1 and all((groups[0].get(part) or {}).get("num_bits") == 8 and groups[0][part].get("type") == "int" and groups[0][part].get("symmetric") for part in ("weights", "input_activations"))
+        parts = [(groups[0].get(part) or {}) for part in ("weights", "input_activations")] if len(groups) == 1 else [{}]
+        good = all(part.get("num_bits") == 8 and part.get("type") == "int" and part.get("symmetric") for part in parts)
         if config.get("format") not in ("int-quantized", "naive-quantized") or not good:
             raise ConversionError(f"{self.name} is compressed-tensors of a kind that is not read here ({config.get('format')})", "only int8 weights with int8 activations are")
         known = {n: self.checkpoint.shape(n) for n in self.checkpoint.names}

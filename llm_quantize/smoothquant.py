@@ -55,7 +55,8 @@ class _Gather(Listener):
         for key in [k for k in self.found if k[0] == layer]:
             own = self.found.pop(key)
             seen = Seen(own["largest"], torch.cat(own["rows"])[:2 * ROWS], own["moments"] if self.moments else None)
-            if not seen.largest.isfinite().all(): raise SmoothQuantError(f"layer {layer}: what {key[1][0]} reads is not a number (NaN or infinite)", "a weight of the model is damaged: download it again")
+            if not seen.largest.isfinite().all():
+                raise SmoothQuantError(f"layer {layer}: what {key[1][0]} reads is not a number (NaN or infinite)", "a weight of the model is damaged: download it again")
             out |= dict.fromkeys(key[1], seen)
         return out
 
@@ -160,7 +161,8 @@ class DirectoryWriter:
     def put(self, name: str, tensor: torch.Tensor) -> None:
         "Write one tensor to its place."
         file, at, dtype, shape = self.places[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)): raise ValidationError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, planned was {dtype} {tuple(shape)}", "report this as a bug")
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+            raise ValidationError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, planned was {dtype} {tuple(shape)}", "report this as a bug")
         with open(self.folder / file, "r+b") as out:
             out.seek(at)
             out.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -313,7 +315,8 @@ def check_alpha(alpha: "float | str | None" # as given
     if text in ("auto", "none"): return None if text == "none" else "auto"
     try: value = float(text)
     except ValueError: value = float("nan")
-    if not 0 <= value <= 1: raise ArgumentError(f"--alpha is {alpha}; it is a number from 0 to 1, auto or none", "0.5 is usual, 0.8 where activations have strong outliers; auto searches for each layer")
+    if not 0 <= value <= 1:
+        raise ArgumentError(f"--alpha is {alpha}; it is a number from 0 to 1, auto or none", "0.5 is usual, 0.8 where activations have strong outliers; auto searches for each layer")
     return value
 
 class _Run:
@@ -353,7 +356,8 @@ class _Run:
     def _beginning(self, stack: LayerStack, first: int) -> tuple: # Place, Waiting
         "Where to begin, and where hidden states wait."
         if self.store is None or self.store.folder is None: return Place(), None
-        waiting = WaitingOnDisk(self.store.folder, self.ids, stack.config.hidden_size, 1, lambda error: _log.warning("cannot keep hidden states (%s): a resumed run will begin with the first layer", error))
+        waiting = WaitingOnDisk(self.store.folder, self.ids, stack.config.hidden_size, 1,
+                                lambda error: _log.warning("cannot keep hidden states (%s): a resumed run will begin with the first layer", error))
         return (Place(first, 0) if first and waiting.holds(first) else Place()), waiting
 
     def _stored(self, i: int) -> bool:
@@ -392,7 +396,8 @@ class _Run:
         pairs = tuple(p for i in sorted(self.records) for p in self.records[i])
         bad = [p for p in pairs if not p["error"] <= 0.5]
         if bad and len(bad) > len(pairs) / 4 or any(math.isnan(p["error"]) for p in pairs):
-            raise SmoothQuantError(f"the int8 layers do not say what the float ones did: {len(bad)} of {len(pairs)} outputs are off by more than half their energy, first {bad[0]['pair']} of layer {bad[0]['layer']}",
+            where = f", first {bad[0]['pair']} of layer {bad[0]['layer']}"
+            raise SmoothQuantError(f"the int8 layers do not say what the float ones did: {len(bad)} of {len(pairs)} outputs are off by more than half their energy{where}",
                                    "use --alpha auto; with --static-activations leave that out; or quantize to gguf")
         tensors = tuple({"name": name, "type": _CODES[dtype], "weights": 0 if name.endswith("_scale") else math.prod(shape), "bpw": 8.0 * dtype.itemsize,
                          "bytes": dtype.itemsize * math.prod(shape), "error": None} for name, (dtype, shape) in self.entries.items())
