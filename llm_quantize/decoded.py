@@ -20,6 +20,7 @@ from .errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMem
 from .float_module import float_module, load_float
 from .gguf_model import open_gguf
 from .qtypes import QTYPES
+from .smoothing import W8A8Model, is_int8_directory
 
 # %% ../nbs/39_decoded.ipynb #decoded-metadata-differences
 _SAME = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "expert_count", "rope.freq_base")
@@ -122,12 +123,13 @@ class FloatModel:
             yield WeightPair(name, str(dtype).removeprefix("torch."), 8.0 * dtype.itemsize, self.checkpoint.tensor(name).float(), self.other.tensor(name).float())
 
 def open_quantized(checkpoint: "str | Path | Checkpoint", # the original
-                   path: "str | Path"                     # GGUF file or float directory
-                  ) -> "GGUFModel | FloatModel":
+                   path: "str | Path"                     # GGUF file, float directory, or int8 directory (`smoothquant`)
+                  ) -> "GGUFModel | FloatModel | W8A8Model":
     "A quantized model of whatever kind, checked against its original; raises `ModelNotFoundError` or `ConversionError`."
     path = Path(path).expanduser()
     if not path.exists(): raise ModelNotFoundError(f"no quantized model at {path}", "give a .gguf file or a model directory")
-    model = (FloatModel if path.is_dir() else GGUFModel)(plain_weights(open_checkpoint(checkpoint)), path)
+    kind = GGUFModel if not path.is_dir() else W8A8Model if is_int8_directory(path) else FloatModel
+    model = kind(plain_weights(open_checkpoint(checkpoint)), path)
     model.check()
     return model
 

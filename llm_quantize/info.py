@@ -15,13 +15,14 @@ from .architectures import architecture
 from .bitnet import plain_weights
 from .checkpoint import open_checkpoint
 from .gguf_model import open_gguf
+from .smoothing import Int8Checkpoint, is_int8_directory
 
 # %% ../nbs/44_info.ipynb #info-modelinfo
 @dataclass(frozen=True)
 class ModelInfo:
     "The facts of a model, as `llm-quantize info` prints them."
     name: str
-    kind: str              # "huggingface" or "gguf"
+    kind: str              # "huggingface", "gguf" or "w8a8"
     architecture: str      # as GGUF names it
     parameters: int        # weights
     layers: int
@@ -50,9 +51,20 @@ def _from_metadata(metadata: dict, vocabulary: int) -> dict:
     return {"architecture": arch, "layers": int(metadata[f"{arch}.block_count"]), "hidden_size": int(metadata[f"{arch}.embedding_length"]), "heads": int(heads),
             "kv_heads": int(metadata.get(f"{arch}.attention.head_count_kv", heads)), "context": int(metadata[f"{arch}.context_length"]), "vocabulary": vocabulary}
 
-def info(model: "str | Path" # checkpoint directory, Hub id or GGUF file
+def _int8_info(path: Path) -> ModelInfo:
+    "A directory with int8 weights, from its headers; the scales do not count as weights."
+    found = Int8Checkpoint(path)
+    config = {**found.config, **(found.config.get("text_config") or {})}
+    weights = sum(math.prod(found.shape(n)) for n in found.names if not n.endswith("_scale"))
+    rows = next((found.shape(n)[0] for n in found.names if n.endswith("embed_tokens.weight")), config["vocab_size"])
+    return ModelInfo(name=found.name, kind="w8a8", architecture=config["model_type"], parameters=weights, layers=config["num_hidden_layers"], hidden_size=config["hidden_size"],
+                     heads=config["num_attention_heads"], kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"], vocabulary=rows,
+                     context=config["max_position_embeddings"], file_size=found.bytes, bpw=8 * found.bytes / weights,
+                     types=dict(Counter(str(found.dtype(n)).removeprefix("torch.") for n in found.names).most_common()))
+
+def info(model: "str | Path" # checkpoint directory, Hub id, GGUF file or int8 directory
         ) -> ModelInfo:
-    "Describe a checkpoint or a GGUF file from its headers; raises what opening it raises."
+    "Describe a checkpoint, a GGUF file or an int8 directory from its headers; raises what opening it raises."
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         file = open_gguf(path)
@@ -60,6 +72,7 @@ def info(model: "str | Path" # checkpoint directory, Hub id or GGUF file
         return ModelInfo(name=path.name, kind="gguf", parameters=weights, file_size=file.bytes, bpw=8 * file.bytes / weights,
                          types=dict(Counter(type for type, _ in file.tensors.values()).most_common()),
                          **_from_metadata(file.metadata, file.tensors["token_embd.weight"][1][0]))
+    if is_int8_directory(path): return _int8_info(path)
     checkpoint = plain_weights(open_checkpoint(model))
     family = architecture(checkpoint.config)
     embedding = next(t for t in family.tensors(checkpoint) if t.name == "token_embd.weight")

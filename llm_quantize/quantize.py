@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'check_finite', 'check_search', 'encode_tensor', 'relative_error', 'QuantizationResult', 'load_importance',
-           'checksum', 'check_tensors', 'quantize']
+           'checksum', 'check_tensors', 'quantize_gguf', 'quantize']
 
 # %% ../nbs/38_quantize.ipynb #quantize-import-logging
 import hashlib
@@ -34,6 +34,7 @@ from .imatrix import ImportanceMatrix
 from .profiles import Profile, Target
 from .protection import Protection, finish, importance_for_protection, protect, report
 from .qtypes import QTYPES, nearest
+from .smoothquant import SmoothQuantResult, smoothquant
 
 # %% ../nbs/38_quantize.ipynb #quantize-check-finite
 def check_finite(name: str,             # the tensor's name, for the message
@@ -154,7 +155,7 @@ class QuantizationResult:
 
 # %% ../nbs/38_quantize.ipynb #quantize-output-path
 logger = logging.getLogger(__name__)
-_OTHER_FORMATS = ("smoothquant", "awq", "gptq")
+_OTHER_FORMATS = ("awq", "gptq")
 
 def _output_path(checkpoint: Checkpoint, level: str, folder: Path, name: str | None) -> Path:
     "Where the file goes; refuses a place that cannot be written to, before hours of work and not after."
@@ -175,8 +176,8 @@ def _with_folder(path: Path) -> Path:
 
 def _check_options(format: str, level: str, search: str, effort: str, samples: int, error_feedback: bool, resume, profile, target) -> tuple: # search and effort, in lower case
     "Refuse what cannot be done, before anything is read."
-    if format in _OTHER_FORMATS: raise ConversionError(f"the format {format} is not available in this version", "use gguf")
-    if format != "gguf": raise ArgumentError(f"unknown format '{format}'", "use gguf")
+    if format in _OTHER_FORMATS: raise ConversionError(f"the format {format} is not available in this version", "use gguf or smoothquant")
+    if format != "gguf": raise ArgumentError(f"unknown format '{format}'", "use gguf or smoothquant")
     search = check_search(search)
     find_effort(effort)
     if samples < 1: raise ArgumentError(f"--calibration-samples is {samples}", "use 1 or more; 256 is usual")
@@ -262,7 +263,7 @@ def _peak_memory() -> int: # bytes
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 # %% ../nbs/38_quantize.ipynb #quantize-quantize-2
-def quantize(model: "str | Path | Checkpoint",                        # directory, Hub id or opened checkpoint
+def quantize_gguf(model: "str | Path | Checkpoint",                   # directory, Hub id or opened checkpoint
              format: str = "gguf",                                    # container
              quant_level: str = "Q4_K_M",                             # type or mix, any case
              *, output_dir: "str | Path" = ".",                       # where to write; made if missing
@@ -291,6 +292,9 @@ def quantize(model: "str | Path | Checkpoint",                        # director
     texts, given, imatrix = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, imatrix is not None, load_importance(imatrix)
     if str(quant_level).lower() == "dynamic" or protect_super_weights: _output_path(open_checkpoint(model), str(quant_level), Path(output_dir), output_name)
     if protect_super_weights and imatrix is None: imatrix = importance_for_protection(model, **texts, device=device, progress=progress)
+    start = time.monotonic()
+    search, effort, imatrix = *_check_options(format, quant_level, search, effort, calibration_samples, error_feedback, resume, profile, target), load_importance(imatrix)
+    texts, origin = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, "given" if imatrix is not None else None
     if str(quant_level).lower() == "dynamic":
         job, imatrix = plan_dynamic(model, profile, target=target, imatrix=imatrix, effort=effort, **texts, sensitivity=sensitivity, pre=pre, device=device, progress=progress)
     else: job = plan_gguf(model, quant_level, imatrix=imatrix, pre=pre, force=force, progress=progress)
@@ -363,3 +367,17 @@ class _Run:
         self.done += weights.numel()
         if self.progress: self.progress(self.done, self.total, spec.name)
         return data
+
+# %% ../nbs/38_quantize.ipynb #quantize-quantize-by-format
+def quantize(model: "str | Path | Checkpoint",  # directory, Hub id or opened checkpoint
+             format: str = "gguf",              # "gguf" or "smoothquant"
+             quant_level: str = "Q4_K_M",       # type or mix of a GGUF, any case; smoothquant has one level, W8A8
+             **options                          # those of `quantize_gguf` or of `smoothquant.smoothquant`
+            ) -> "QuantizationResult | SmoothQuantResult":
+    "Quantize a model; raises the exceptions of `errors` and leaves nothing unfinished under the final name."
+    if format != "smoothquant": return quantize_gguf(model, format, quant_level, **options)
+    if str(quant_level).upper() not in ("W8A8", "Q4_K_M"): raise ArgumentError(f"smoothquant has no level {quant_level}", "leave out -q: weights and activations get 8 bits")
+    start = time.monotonic()
+    result = smoothquant(model, **options)
+    return replace(result, duration_seconds=time.monotonic() - start, peak_memory_bytes=_peak_memory())
+
