@@ -287,14 +287,11 @@ def quantize_gguf(model: "str | Path | Checkpoint",                   # director
              device: str | None = None,                               # "cuda" or "cpu"; default: CUDA where there is one
              progress: Callable[[int, int, str], None] | None = None  # (weights done, weights in all, tensor)
             ) -> QuantizationResult:
-    "Quantize a model; raises the exceptions of `errors` and leaves no unfinished file under the final name."
+    "Quantize a model to a GGUF file; raises the exceptions of `errors` and leaves no unfinished file under the final name."
     start, (search, effort) = time.monotonic(), _check_options(format, quant_level, search, effort, calibration_samples, error_feedback, resume, profile, target)
     texts, given, imatrix = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, imatrix is not None, load_importance(imatrix)
     if str(quant_level).lower() == "dynamic" or protect_super_weights: _output_path(open_checkpoint(model), str(quant_level), Path(output_dir), output_name)
     if protect_super_weights and imatrix is None: imatrix = importance_for_protection(model, **texts, device=device, progress=progress)
-    start = time.monotonic()
-    search, effort, imatrix = *_check_options(format, quant_level, search, effort, calibration_samples, error_feedback, resume, profile, target), load_importance(imatrix)
-    texts, origin = {"calibration_data": calibration_data, "calibration_samples": calibration_samples}, "given" if imatrix is not None else None
     if str(quant_level).lower() == "dynamic":
         job, imatrix = plan_dynamic(model, profile, target=target, imatrix=imatrix, effort=effort, **texts, sensitivity=sensitivity, pre=pre, device=device, progress=progress)
     else: job = plan_gguf(model, quant_level, imatrix=imatrix, pre=pre, force=force, progress=progress)
