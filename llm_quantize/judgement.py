@@ -126,8 +126,16 @@ class _Step:
     words: str    # of the command line
     size: int     # bytes of the file
     options: dict # for `quantize`
+    format: str = "gguf"
 
 def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file, the smallest first
+    if result.format == "smoothquant":
+        tries = [{"alpha": "auto"}, {"alpha": "auto", "error_feedback": True}] + [{"alpha": "none"}] * (result.recipe.alpha is not None)
+        words = ["--smoothquant --alpha auto", "--smoothquant --alpha auto --error-feedback", "--smoothquant --alpha none"]
+        plan = plan_gguf(bench.checkpoint, "Q8_0", pre=options.get("pre"))
+        known = (result.recipe.alpha, result.recipe.error_feedback)
+        own = [_Step(w, result.file_size, t, "smoothquant") for w, t in zip(words, tries) if result.recipe.static or (t["alpha"], t.get("error_feedback", False)) != known]
+        return [*own, _Step("gguf -q Q8_0", plan.file_bytes, {"quant_level": "Q8_0"})]
     if str(result.quantization_level).lower() == "dynamic":
         sizes = [int(result.file_size * factor) for factor in (1.1, 1.2, 1.35, 1.5, 1.75, 2.0)]
         return [_Step(f"-q dynamic --target-size {size / 1e9:.4g}", size, {"quant_level": "dynamic", "target": Target(float(size), "bytes")}) for size in sizes if size < 0.5 * bench.checkpoint.bytes]
@@ -140,17 +148,18 @@ def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file
 def _try(bench: _Bench, step: _Step, measure: Callable, options: dict, folder: Path) -> float:
     "Make the file, and measure it as the first was."
     kept = {key: options[key] for key in ("imatrix", "calibration_data", "calibration_samples", "search", "sensitivity", "effort", "pre", "device") if options.get(key) is not None}
-    if step.options["quant_level"] == "dynamic" and options.get("profile") is not None: kept["profile"] = options["profile"]
+    if step.format == "smoothquant": kept = {key: value for key, value in kept.items() if key in ("calibration_data", "calibration_samples", "device")}
+    if step.options.get("quant_level") == "dynamic" and options.get("profile") is not None: kept["profile"] = options["profile"]
     _log.info("looking for what would have met the threshold: %s, %s", step.words, human_size(step.size))
     with tempfile.TemporaryDirectory(prefix=".llm-quantize-", dir=folder) as place:
-        made = quantize(bench.checkpoint, "gguf", output_dir=place, **kept, **step.options)
+        made = quantize(bench.checkpoint, step.format, output_dir=place, **kept, **step.options)
         return measure(*bench.open(made.output_path))
 
 def _search(bench: _Bench, result, measure: Callable, loss: float, allowed: float, options: dict) -> tuple: # the smallest that was found to meet it, or None; all trials as {words: (size, loss)}
     "Climb the ladder. `measure` gives a loss, at most `allowed`; that of the file is `loss`."
     steps, tried, best = _steps(bench, result, options), {}, None
     bits = lambda step: 8 * (step.size - result.file_size) / bench.checkpoint.parameters
-    at = next((i for i, step in enumerate(steps) if loss * 4 ** -bits(step) <= allowed), len(steps) - 1)
+    at = 0 if result.format == "smoothquant" else next((i for i, step in enumerate(steps) if loss * 4 ** -bits(step) <= allowed), len(steps) - 1)
     while 0 <= at < len(steps) and steps[at].words not in tried and len(tried) < _TRIALS:
         try: found = _try(bench, steps[at], measure, options, Path(result.output_path).parent)
         except LLMQuantizeError as error:
@@ -164,8 +173,11 @@ def _search(bench: _Bench, result, measure: Callable, loss: float, allowed: floa
 # %% ../nbs/47_judgement.ipynb #judgement-advice
 def _advice(bench: _Bench, result, opened, module, measure: Callable, loss: float, allowed: float, options: dict, show: Callable) -> str:
     "What to do, from what was measured."
-    now, worst = _culprits(bench, opened, module)
+    now, worst = _culprits(bench, opened, module) if result.format == "gguf" else (0.0, [])
     words = []
+    if result.format == "smoothquant":
+        loudest = sorted(result.pairs, key=lambda p: -p["error"])[:3]
+        words.append("the matrices that hurt most: " + ", ".join(f"{p['pair'].split(' -> ')[-1]} of layer {p['layer']} (output error {p['error']:.1e})" for p in loudest))
     if worst and worst[0][2] < now:
         told = (f"{name} ({type}; with the original's weights KL divergence falls from {now:.3g} to {kld:.3g})" for name, type, kld in worst[:3] if kld < now)
         words.append("the tensors that hurt most: " + ", ".join(told))

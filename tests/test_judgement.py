@@ -62,6 +62,17 @@ def test_a_missed_threshold_names_what_was_measured(checkpoint, tmp_path, monkey
     assert judge(result, checkpoint, prepare(True, False), device="cpu").quality_report["metrics"]["kld_mean"] > 0.1
 
 
+def test_an_int8_directory_is_told_what_else_was_tried(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_QUANTIZE_QUALITY_THRESHOLD", "0.05")
+    result = quantize(checkpoint, "smoothquant", alpha=0.9, output_dir=tmp_path, **QUICK)
+    with pytest.raises(QualityDegradationError) as caught: judge(result, checkpoint, prepare(True, False), options=QUICK, device="cpu")
+    loudest = max(result.pairs, key=lambda p: p["error"])
+    assert f"{loudest['pair'].split(' -> ')[-1]} of layer {loudest['layer']}" in caught.value.suggestion
+    assert re.search(r"--smoothquant --alpha auto gives \+[\d.]+ % at 5.3MB", caught.value.suggestion) and [p.name for p in tmp_path.iterdir()] == [Path(result.output_path).name]
+    monkeypatch.setenv("LLM_QUANTIZE_QUALITY_THRESHOLD", "5")
+    assert judge(result, checkpoint, prepare(True, False), device="cpu").quality_report["metrics"]["kld_mean"] < 0.02
+
+
 def test_exits_of_the_command(capsys, sample_model, tmp_path, monkeypatch):
     arguments = ("quantize", sample_model, "gguf", "-o", tmp_path, "--format", "json", "--calibration-samples", "8")
     monkeypatch.setenv("LLM_QUANTIZE_COHERENCE_THRESHOLD", "0.99999")
