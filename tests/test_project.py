@@ -17,8 +17,8 @@ MODULES = sorted(p for p in (ROOT / "llm_quantize").glob("*.py") if not p.name.s
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|tmp|root|home|Users|farm)/[\w.-]")
 EXPORT = re.compile(r"^#\| *exports? *$", re.M)
 # Modules that must not bring torch or transformers with them: they are imported before the command line knows what it is asked to do.
-LIGHT = ("errors", "qtypes", "console", "profile_verbs", "cli")
-COMMAND = ("console", "profile_verbs", "cli")
+LIGHT = ("errors", "qtypes", "console", "profile_verbs", "quantize_verb", "cli")
+COMMAND = ("console", "profile_verbs", "quantize_verb", "cli")
 WIDTH, LENGTH = 200, 500  # what no line and no module may exceed; 160 columns and 350 lines are the aim
 
 

@@ -1,6 +1,6 @@
 """Build the documentation from the notebooks on a machine without Quarto and without a network.
 
-    python tools/site.py             notebooks -> Markdown -> static site in _docs; a broken link is an error
+    python tools/site.py             notebooks -> Markdown -> static site in _docs; a broken link is an error (check_site.py)
     python tools/site.py --readme    nbs/index.ipynb -> README.md, nothing else
 
 `_quarto.yml` says what the site holds and in which order, here as for Quarto. Notebooks go through nbdev's own processing first, so that the page of
@@ -80,7 +80,7 @@ def fenced(text: str, language: str = "") -> str:
 
 def directives(source: str) -> tuple[dict[str, str], str]: # (name -> value, the source without them)
     "The `#| name: value` lines of a code cell."
-    found = dict(re.findall(r"^#\| *([\w-]+):? *(.*)$", source, re.M))
+    found = {name: value.strip().strip('"') for name, value in re.findall(r"^#\| *([\w-]+):? *(.*)$", source, re.M)}
     return found, re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
 
 
@@ -295,8 +295,9 @@ def build_site() -> int: # exit status
     for name, nb in notebooks.items(): write_page(name, nb, addresses, website["site-url"].rstrip("/"))
     settings = mkdocs_settings(website, navigation(website["sidebar"]["contents"], addresses, titles))
     (BUILD / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return subprocess.call([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(BUILD / "mkdocs.yml")],
-                           env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    failed = subprocess.call([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(BUILD / "mkdocs.yml")],
+                             env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    return failed or subprocess.call([sys.executable, str(ROOT / "tools" / "check_site.py"), str(SITE)])
 
 
 # ---- the README ----------------------------------------------------------------------------------------------------------------------------
