@@ -6,6 +6,8 @@
 __all__ = ['human_size', 'html_figure', 'html_table', 'html_page', 'check_ending', 'save_report']
 
 # %% ../nbs/43_report.ipynb #report-import-html
+import base64
+import hashlib
 import html
 import io
 import os
@@ -66,16 +68,19 @@ figure { margin: 1.5rem 0 } figure svg { width: 100%; height: auto; max-width: 4
 
 def html_page(title: str,
               parts: list,      # pieces of HTML; text that begins with "# " is a heading, other text without a tag is a paragraph
-              foot: str = ""    # a last line
+              foot: str = "",   # a last line
+              *, style: str = "", # more rules for it
+              script: str = ""    # JavaScript to run at its end; the page allows this one, by its hash, and no other
              ) -> str:
     "A whole page, in one piece."
     def piece(part: str) -> str:
         if part.startswith("<") or not part: return part
         return f"<h2>{html.escape(part[2:])}</h2>" if part.startswith("# ") else f"<p>{html.escape(part)}</p>"
+    allowed = f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else ""
     return "\n".join(["<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                      """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">""",
-                      f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>", f"<h1>{html.escape(title)}</h1>", *map(piece, parts), "</main>",
-                      f"<footer>{html.escape(foot)}</footer>" if foot else "", "</body></html>"])
+                      f"""<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:{allowed}">""",
+                      f"<title>{html.escape(title)}</title><style>{_STYLE}{style}</style></head><body><main>", f"<h1>{html.escape(title)}</h1>", *map(piece, parts), "</main>",
+                      f"<footer>{html.escape(foot)}</footer>" if foot else "", f"<script>{script}</script>" if script else "", "</body></html>"])
 
 # %% ../nbs/43_report.ipynb #report-check-ending
 def check_ending(path: "str | Path", # where a report shall go
