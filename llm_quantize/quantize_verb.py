@@ -143,7 +143,7 @@ _SHARD = Annotated[Optional[str], typer.Option(help="split the output into files
 _SMOOTH = Annotated[bool, typer.Option("--smoothquant", help="of format smoothquant: move outliers of activations into the weights")]
 _ALPHA = Annotated[Optional[str], typer.Option(help="of --smoothquant: strength, 0 to 1; auto: searched for each layer; none. Default 0.5", metavar="F|auto")]
 _STATIC = Annotated[bool, typer.Option("--static-activations", help="of format smoothquant: one scale for all tokens, not one for each")]
-_REPORT = Annotated[bool, typer.Option("--quality-report", help="measure what was lost; exit 11 above LLM_QUANTIZE_QUALITY_THRESHOLD % of perplexity (20)")]
+_REPORT = Annotated[bool, typer.Option("--quality-report", help="measure what was lost, on 32 windows of held-out text; exit 11 above LLM_QUANTIZE_QUALITY_THRESHOLD % of perplexity (20)")]
 _SPEECH = Annotated[bool, typer.Option("--coherence-check", help="let it speak; exit 12 below LLM_QUANTIZE_COHERENCE_THRESHOLD (0.5)")]
 _PROMPTS = Annotated[Optional[Path], typer.Option(help="more prompts for the coherence check: one a line, or .json")]
 _DRY = Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")]
