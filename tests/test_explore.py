@@ -112,3 +112,39 @@ def test_coloured_text_has_the_divergences_of_scores(sample_model, tmp_path):
 
 def test_a_frame_of_html_is_kept_as_it_is():
     assert merge_frames([html_frame("<p>a</p>"), html_frame("<p>b</p>")])["html"] == "<p>a</p><p>b</p>"
+
+
+# ---- results that show themselves ------------------------------------------------------------------------------
+
+def results(sample_model, folder):
+    from dataclasses import replace
+
+    from results import report
+
+    from llm_quantize.gguf_plan import plan_gguf
+    from llm_quantize.profiles import PRESETS
+    plan = plan_gguf(sample_model, "Q4_K_M").plan
+    written = quantize(sample_model, "gguf", "Q4_K_M", output_dir=folder)
+    resolved = replace(PRESETS["balanced"], tensors={t.name: t.type for t in plan if t.type != "F32"})
+    return {"plan": plan, "result": written, "profile": PRESETS["attention-high"], "resolved profile": resolved, "report": report("Q4_K_M.gguf", 4.8)}
+
+
+def test_results_show_a_table_and_a_picture(sample_model, tmp_path):
+    from xml.etree import ElementTree
+    for name, result in results(sample_model, tmp_path).items():
+        text = result._repr_html_()
+        tree = ElementTree.fromstring(f"<all>{text}</all>")
+        assert tree.find(".//table") is not None, name
+        pictures = [element for element in tree.iter() if element.tag.endswith("svg")]
+        assert pictures and all(p.get("role") == "img" and p.get("aria-label") for p in pictures), name
+        assert len(text) < 8000 and "|" in result._repr_markdown_(), name
+        assert not re.search(r"(?:src|href)=", text)
+    assert "&lt;i&gt;" not in text
+
+
+def test_a_displayed_result_escapes_its_words():
+    from dataclasses import replace
+
+    from results import report
+    text = replace(report("<i>.gguf", 4.8), original_model="<b>")._repr_html_()
+    assert "<i>" not in text and "<b>" not in text and "&lt;i>" in text
