@@ -73,7 +73,7 @@ def _importance_channels(matrix: ImportanceMatrix, title: str, color: int, weigh
         values = _channels(matrix, name)
         if values is None: return note_frame(f"{title} has no {name}.")
         series = [chart_series(title, *_folded(values), color)]
-        columns = [w.col for w in weights if w.tensor == name and w.col < len(values)]
+        columns = sorted({w.col for w in weights if w.tensor == name and w.col < len(values)})
         if columns: series.append(chart_series("super weights", columns, values[columns], 6, line=False, marker=True, labels=[f"column {c}" for c in columns]))
         return chart_frame(series, "channel", "mean squared input", log="y", alt=f"{name}, {title}: strongest channel {int(values.argmax())} with {values.max():.3g}, median {np.median(values):.3g}")
     return frame

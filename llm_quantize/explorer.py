@@ -144,7 +144,7 @@ class _Live:
         head = w.HTML(f"{_WIDGET_STYLE}<h2>{html.escape(explorer.title)}</h2><p class='note'>{html.escape(explorer.lead)}</p>")
         row = w.HBox(list(self.controls.values()), layout=w.Layout(flex_flow="row wrap", grid_gap="4px 24px"))
         self.box = w.VBox([head, row, *self.panels.values()])
-        self.box.add_class("lq-explorer")
+        for css in ("lq-explorer", f"lq-{explorer.title.lower().replace(' ', '-')}"): self.box.add_class(css)
         self._draw(None)
 
     def _control(self, w, control: Control):
@@ -174,7 +174,7 @@ z-index: 5 }
 form label, fieldset label { display: flex; gap: .5rem; align-items: center }
 fieldset { border: 1px solid var(--line); border-radius: .3rem; display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 0 }
 output { min-width: 3.2rem; font-variant-numeric: tabular-nums }
-select, input { font: inherit; accent-color: #0072b2 } input[type=range] { width: 15rem } :focus-visible { outline: 3px solid #e69f00; outline-offset: 2px }
+select, input { font: inherit; accent-color: #0072b2 } input[type=range] { width: min(15rem, 40vw) } select { max-width: 60vw } :focus-visible { outline: 3px solid #e69f00; outline-offset: 2px }
 body { max-width: 72rem } .panels { display: flex; flex-wrap: wrap; gap: 0 2rem } .lq-panel { max-width: 100% }
 .lq-picture svg { max-width: 100%; height: auto; fill: currentColor } .lq-picture .pick { cursor: pointer } .lq-picture .over { pointer-events: none }
 .grid { stroke: var(--line); stroke-width: .6 }
@@ -202,7 +202,7 @@ def _panel_data(explorer: Explorer, panel: Panel) -> dict:
 def _page(explorer: Explorer) -> str:
     controls = [{"name": c.name, "kind": c.kind, "options": [_text(o) for o in c.options], "value": c.at(explorer.state()[c.name])} for c in explorer.controls.values()]
     data = {"colors": COLORS, "controls": controls, "panels": [_panel_data(explorer, panel) for panel in explorer.panels]}
-    parts = [explorer.lead, "<noscript><p>The pictures of this page are drawn by a script that it contains; allow it to run.</p></noscript>",
+    parts = [f"<p>{html.escape(explorer.lead)}</p>", "<noscript><p>The pictures of this page are drawn by a script that it contains; allow it to run.</p></noscript>",
              "<form>" + "".join(map(_control_html, explorer.controls.values())) + "</form>"]
     parts.append('<div class="panels">' + "".join(f'<section class="lq-panel lq-{p.name}"><h2>{html.escape(p.title)}</h2><div class="lq-picture" aria-live="{"polite" if i == 0 else "off"}"></div>'
                  + (f'<p class="note">{html.escape(p.note)}</p>' if p.note else "") + "</section>" for i, p in enumerate(explorer.panels)) + "</div>")

@@ -91,19 +91,34 @@ def need_extra(module: str): # "matplotlib", "ipywidgets"
         raise LLMQuantizeError(f"exploring in a notebook needs the package {module}, which is not installed",
                                "pip install 'llm_quantize[widgets]'; or write a page: to_html(\"page.html\")") from None
 
+def _place(figure, left: float, right: float, bottom: float, top: float): # inches from the edges -> axes
+    "Axes at a place that is known: finding one by drawing twice is what makes a figure slow."
+    width, height = figure.get_size_inches()
+    return figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height))
+
+def _numbers(values: list) -> np.ndarray: return np.array([math.nan if v is None else v for v in values], dtype=float)
+
 def _draw_chart(frame: dict, width: float):
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
     from llm_quantize.plots import _Picture, _plain
-    figure = _Picture(figsize=(width, 2.8), layout="constrained")
-    axis = figure.subplots()
+    figure = _Picture(figsize=(width, 2.8))
+    axis = _place(figure, 0.75, 0.1, 0.5, 0.15)
     for s in frame["series"]:
-        numbers = [np.array([math.nan if v is None else v for v in s[key]], dtype=float) for key in ("x", "y")]
-        axis.plot(*numbers, color=COLORS[s["color"] % len(COLORS)], linestyle=("--" if s["dash"] else "-") if s["line"] else "", linewidth=1.1,
+        x, y = _numbers(s["x"]), _numbers(s["y"])
+        axis.plot(x, y, color=COLORS[s["color"] % len(COLORS)], linestyle=("--" if s["dash"] else "-") if s["line"] else "", linewidth=1.1,
                   marker=MARKERS[s["color"] % len(MARKERS)] if s["marker"] else "", markersize=5, label=s["name"])
-        for x, y, text in zip(*numbers, s["labels"] or ()): axis.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axis.set(xlabel=frame["xlabel"], ylabel=frame["ylabel"], **{f"{axis_name}scale": "log" for axis_name in frame["log"]})
-    if frame["ticks"]: axis.set_xticks(range(len(frame["ticks"])), frame["ticks"], fontsize=8)
+        for at, to, text in zip(x, y, s["labels"] or ()): axis.annotate(text, (at, to), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel=frame["xlabel"], ylabel=frame["ylabel"])
+    for name in frame["log"]:
+        if not any((v or 0) > 0 for s in frame["series"] for v in s[name]): continue
+        axis.set(**{f"{name}scale": "log"})
+        one = getattr(axis, f"{name}axis")
+        one.set_minor_locator(NullLocator())
+        one.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.tick_params(labelsize=8)
+    if frame["ticks"]: axis.set_xticks(range(len(frame["ticks"])), frame["ticks"])
     if any(s["labels"] for s in frame["series"]): axis.margins(x=0.12, y=0.1)
-    if len(frame["series"]) > 1: axis.legend(fontsize=8, frameon=False)
+    if len(frame["series"]) > 1: axis.legend(fontsize=8, frameon=False, loc="best" if sum(len(s["x"]) for s in frame["series"]) < 200 else "upper right")
     axis.grid(alpha=0.25)
     _plain(axis)
     return figure
@@ -111,28 +126,34 @@ def _draw_chart(frame: dict, width: float):
 def _draw_heat(frame: dict, width: float):
     from llm_quantize.plots import _Picture
     grids, rows = frame["grids"], frame["rows"]
-    across = min(len(grids), 2)
+    across, each = min(len(grids), 2), 0.75 + 0.26 * len(rows)
     down = -(-len(grids) // across)
-    figure = _Picture(figsize=(width, (0.85 + 0.26 * len(rows)) * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    arrays = [np.array([[math.nan if v is None else v for v in row] for row in grid["values"]], dtype=float) for grid in grids]
-    known = np.concatenate([a[np.isfinite(a)] for a in arrays] or [np.zeros(0)])
+    figure, step = _Picture(figsize=(width, each * down)), (width - 2.0) / across
+    arrays = [np.array([_numbers(row) for row in grid["values"]]) for grid in grids]
+    known = np.concatenate([a[np.isfinite(a)] for a in arrays])
     low, high = (known.min(), known.max()) if known.size else (0, 1)
-    for axis in axes[len(grids):]: axis.set_axis_off()
-    for axis, grid, array in zip(axes, grids, arrays):
-        image = axis.pcolormesh(np.ma.masked_invalid(array), vmin=low, vmax=high, cmap="viridis", linewidth=0)
-        axis.set_ylim(len(rows), 0)
-        axis.set_title(grid["name"], fontsize=9)
-        axis.set_xlabel(frame["xlabel"], fontsize=8)
-        axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
-        step = 1 + array.shape[1] // 16
-        axis.set_xticks(np.arange(0, array.shape[1], step) + 0.5, range(0, array.shape[1], step), fontsize=8)
-        axis.tick_params(length=0)
-        for row, column, _ in grid["marks"]: axis.plot(column + 0.5, row + 0.5, marker="*", color="white", markeredgecolor="#d55e00", markersize=11)
+    for i, (grid, array) in enumerate(zip(grids, arrays)):
+        row, column = divmod(i, across)
+        axis = _place(figure, 1.05 + column * step, width - 0.9 - (column + 1) * step, each * (down - 1 - row) + 0.45, each * row + 0.28)
+        image = axis.pcolormesh(np.ma.masked_invalid(array), vmin=low, vmax=high, cmap="viridis", linewidth=0.2, edgecolor="face")
+        _label_cells(axis, grid, array, frame, column == 0)
         _write_cells(axis, grid, array, (low + high) / 2)
         if frame["chosen"]: axis.add_patch(_outline(*frame["chosen"]))
-    figure.colorbar(image, ax=list(axes), pad=0.01).set_label(frame["label"], fontsize=8)
+    bar = figure.colorbar(image, cax=_place(figure, width - 0.8, 0.68, 0.45, 0.28))
+    bar.set_label(frame["label"], fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     return figure
+
+def _label_cells(axis, grid: dict, array: np.ndarray, frame: dict, first: bool) -> None:
+    "Titles, ticks, and marks."
+    axis.set_ylim(len(array), 0)
+    axis.set_title(grid["name"], fontsize=9)
+    axis.set_xlabel(frame["xlabel"], fontsize=8)
+    axis.set_yticks(np.arange(len(array)) + 0.5, frame["rows"] if first else [""] * len(array), fontsize=8)
+    step = 1 + array.shape[1] // 16
+    axis.set_xticks(np.arange(0, array.shape[1], step) + 0.5, range(0, array.shape[1], step), fontsize=8)
+    axis.tick_params(length=0)
+    for row, column, _ in grid["marks"]: axis.plot(column + 0.5, row + 0.5, marker="*", color="white", markeredgecolor="#d55e00", markersize=11)
 
 def _write_cells(axis, grid: dict, array: np.ndarray, middle: float) -> None:
     if not grid["texts"] or array.shape[1] > 14: return

@@ -25,9 +25,9 @@ from .cached_imatrix import imatrix_cache
 from .checkpoint import Checkpoint
 from .codec import dequantize
 from .errors import ArgumentError, ProfileError
-from .imatrix import ImportanceMatrix
+from .imatrix import ImportanceMatrix, html_summary
 from .qtypes import nearest, qtype
-from .recipes import MIXES, Plan, PlannedTensor, _kept
+from .recipes import MIXES, Plan, PlannedTensor, _kept, bits_map
 from .sensitivity import Probe, Sensitivity, candidate_types, encoded_as, find_effort, imatrix_hash, measure_sensitivity, texts
 
 # %% ../nbs/29_profiles.ipynb #profiles-target
@@ -104,10 +104,25 @@ class Profile:
         if not self.resolved: raise ProfileError(f"the profile {self.name} has no types yet", "create it for a model: profile create --model MODEL")
         return "".join(f"^{re.escape(tensor)}$={type.lower()}\n" for tensor, type in self.tensors.items())
 
-    def _repr_markdown_(self) -> str:
+    def _row(self) -> tuple:
         counts = ", ".join(f"{n} {type}" for type, n in Counter(self.tensors.values()).most_common()) or "chosen when a model is quantized"
-        row = (str(self.target), "yes" if self.floors else "no", "; ".join(map(_in_words, self.rules)) or "none", counts)
-        return f"**{self.name}**: {self.description}\n\n| target | floors | rules | types |\n|:--|:--|:--|:--|\n| {' | '.join(row)} |"
+        return str(self.target), "yes" if self.floors else "no", "; ".join(map(_in_words, self.rules)) or "none", counts
+
+    def _repr_markdown_(self) -> str:
+        return f"**{self.name}**: {self.description}\n\n| target | floors | rules | types |\n|:--|:--|:--|:--|\n| {' | '.join(self._row())} |"
+
+    def _repr_html_(self) -> str:
+        picture = bits_map(self.tensors) if self.resolved else _target_scale(self.target)
+        return html_summary(f"{self.name}: {self.description}", picture, [["target", "floors", "rules", "types"], [cell.replace("`", "").replace("\\|", "|") for cell in self._row()]])
+
+def _target_scale(target: Target) -> str: # SVG
+    "The target on a scale of bits."
+    if target.of == "bytes": return ""
+    at = lambda bits: 10 + 20 * min(bits, 9)
+    number = lambda b: f'<text x="{at(b)}" y="24" font-size="9" font-family="sans-serif" text-anchor="middle" fill="currentColor">{b}</text>'
+    ticks = "".join(f'<path d="M{at(b)} 8v6" stroke="currentColor"/>{number(b)}' for b in range(1, 9))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="220" height="28" role="img" aria-label="target: {target}"><path d="M10 11H190" stroke="currentColor"/>{ticks}'
+            f'<circle cx="{at(target.value)}" cy="11" r="5" fill="#d55e00"/></svg>')
 
 def _in_words(rule: Rule) -> str:
     parts = [f"exactly {rule.type}" if rule.type else "", f"at least {rule.least}" if rule.least else "", f"at most {rule.most}" if rule.most else ""]

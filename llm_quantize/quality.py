@@ -10,6 +10,7 @@ __all__ = ['REPORT_FORMS', 'BACKENDS', 'COMPARISON_FORMS', 'Metrics', 'QualityRe
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .coherence import check_coherence, read_prompts
 from .decoded import load_float, open_quantized, placement
 from .errors import ArgumentError
+from .imatrix import block_map, html_summary
 from .layer_errors import layer_errors
 from .report import check_ending, html_figure, html_page, html_table, human_size, save_report
 from .scores import LlamaCppModel, TokenScores, score_windows, statistics
@@ -122,7 +124,23 @@ class QualityReport:
         parts = ["| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in self.rows())]
         return "\n\n".join(parts + [_markdown(rows, 2) for _, rows in self.tables()])
 
+    def _repr_html_(self) -> str:
+        places = {tuple(e["layer_name"].split(".")[1:3]): e["output_error"] for e in self.layer_errors if e["layer_name"].startswith("blk.") and e["output_error"]}
+        errors = block_map({(int(block), kind): math.log10(e) for (block, kind), e in places.items()}, "output error by block and kind of tensor, the larger the darker")
+        summary = html_summary(f"{self.quantized_model} against {self.original_model}", f"<p>{_spread(self.metrics)}</p>{errors}", [["", ""], *self.rows()[2:]])
+        return summary + "".join(html_table(rows[0], rows[1:], title, text=2) for title, rows in self.tables()[:1])
+
 REPORT_FORMS = {".json": "json", ".md": "markdown", ".html": "html"} # ending -> form of a report
+
+def _spread(m: Metrics) -> str: # SVG
+    "How the divergence rises over the tokens, on a logarithmic scale."
+    values = [math.log10(max(getattr(m, key), 1e-9)) for key in _SHARES.values()]
+    low, high = min(values), max(values)
+    points = [(14 + 26 * i, 40 - 32 * (v - low) / ((high - low) or 1)) for i, v in enumerate(values)]
+    text = lambda x, words: f'<text x="{x}" y="56" font-size="9" font-family="sans-serif" text-anchor="middle" fill="currentColor">{words}</text>'
+    dots = "".join(f'<circle cx="{x}" cy="{y:.1f}" r="2.5" fill="#0072b2"/>' for x, y in points)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="250" height="60" role="img" aria-label="KL divergence of the tokens: median {m.kld_p50:.3g} nats, largest {m.kld_max:.3g}">'
+            f'<polyline points="{" ".join(f"{x},{y:.1f}" for x, y in points)}" fill="none" stroke="#0072b2"/>{dots}{text(14, "1 %")}{text(92, "50 %")}{text(170, "99 %")}{text(222, "100 %")}</svg>')
 
 def _columns(rows: list[list[str]]) -> str:
     "Rows of text in columns, the first of them words."

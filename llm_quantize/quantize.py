@@ -30,10 +30,11 @@ from .encode_ahead import EncodedAhead, encode_ahead, find_effort
 from .errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
 from .gguf_model import GGUFFile, open_gguf, write_gguf
 from .gguf_plan import GGUFJob, plan_dynamic, plan_gguf
-from .imatrix import ImportanceMatrix
+from .imatrix import ImportanceMatrix, html_summary
 from .profiles import Profile, Target
 from .protection import Protection, finish, importance_for_protection, protect, report
 from .qtypes import QTYPES, nearest
+from .recipes import bits_map
 from .smoothquant import SmoothQuantResult, smoothquant
 
 # %% ../nbs/38_quantize.ipynb #quantize-check-finite
@@ -148,10 +149,20 @@ class QuantizationResult:
                 "metadata": {"original_dtype": self.original_dtype, "original_size": self.original_size, "parameters": self.parameters,
                              "layers_processed": sum(s["layer_name"].startswith("blk.") for s in self.layer_summary())}}
 
+    def _rows(self) -> list[list[str]]:
+        rows = [[r["type"], str(r["tensors"]), f"{r['weights']:,}", f"{r['bytes']:,}", f"{r['error']:.2e}"] for r in self.by_type()]
+        return [["type", "tensors", "weights", "bytes", "relative error"], *rows]
+
+    def _facts(self) -> str:
+        return f"{self.file_size / 1e6:,.2f} MB · {self.effective_bpw:.3f} bits per weight · {100 * self.compression_ratio:.1f} % of the original"
+
     def _repr_markdown_(self) -> str:
-        head = (f"**{Path(self.output_path).name}** · {self.file_size / 1e6:,.2f} MB · {self.effective_bpw:.3f} bits per weight · "
-                f"{100 * self.compression_ratio:.1f} % of the original\n\n| type | tensors | weights | bytes | relative error |\n|---|--:|--:|--:|--:|\n")
-        return head + "\n".join(f"| {r['type']} | {r['tensors']} | {r['weights']:,} | {r['bytes']:,} | {r['error']:.2e} |" for r in self.by_type())
+        header, *rows = self._rows()
+        lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
+        return "\n".join([f"**{Path(self.output_path).name}** · {self._facts()}", "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:]])
+
+    def _repr_html_(self) -> str:
+        return html_summary(f"{Path(self.output_path).name} · {self._facts()}", bits_map({t["name"]: t["type"] for t in self.tensors}), self._rows())
 
 # %% ../nbs/38_quantize.ipynb #quantize-output-path
 logger = logging.getLogger(__name__)
