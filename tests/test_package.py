@@ -1,5 +1,6 @@
 "The package as it goes to PyPI: what is in it, and that it runs from anywhere."
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,14 @@ def built(tmp_path_factory): # folder with a wheel and a source archive
 def test_pypi_will_take_it(built):
     done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout
+
+
+def test_what_pypi_shows_needs_no_clone(built):
+    [wheel] = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file: text = file.read(next(n for n in file.namelist() if n.endswith("METADATA"))).decode()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert any(link.endswith("nbs/images/frontier.png") for link in links) and len(links) > 20
+    assert not [link for link in links if not link.startswith(("https://", "#"))]
 
 
 def test_the_wheel_holds_model_texts_and_command(built):

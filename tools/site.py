@@ -312,7 +312,8 @@ def readme_text() -> str:
     here = f"{site_settings()['repo-url']}/blob/main/"
 
     def prose(text: str) -> str:
-        return relink(CALLOUT.sub(github_callout, text), lambda link: f"nbs/{link}").replace(f"]({here}", "](")
+        text = relink(CALLOUT.sub(github_callout, text), lambda link: f"nbs/{link}").replace(f"]({here}", "](")
+        return re.sub(r"(!\[[^\]]*\]\()(?!https?:)", r"\1nbs/", text)
     body = body_markdown(nb, prose, save)
     return "<!-- made from nbs/index.ipynb by `python tools/site.py --readme` -->\n\n" + body.replace("{.text .output}", "text")
 
