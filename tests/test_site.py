@@ -62,3 +62,12 @@ def test_the_reference_of_the_command_is_that_of_its_parser():
     [shown] = ["".join(o["data"]["text/markdown"]) for c in cells if "".join(c["source"]).endswith("Markdown(command_reference())") for o in c["outputs"]]
     assert shown == command_reference(), "run nbs/51_cli.ipynb again"
     assert "`--protect-super-weights`" in shown and "#### profile export" in shown
+
+
+def test_live_pages_are_drawn_by_the_script_of_today():
+    script = (ROOT / "llm_quantize" / "data" / "page" / "explorer.js").read_text(encoding="utf-8").strip()
+    pages = sorted((ROOT / "nbs" / "pages").glob("*.html"))
+    assert [p.stem for p in pages] == ["allocation", "importance", "quality"]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert script in text, f"make {page.name} again: the cell that writes pages in nbs/55_explore.ipynb"

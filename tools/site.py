@@ -289,7 +289,7 @@ def build_site() -> int: # exit status
     shutil.rmtree(BUILD, ignore_errors=True)
     PAGES.mkdir(parents=True)
     shutil.copy(NOTEBOOKS / "styles.css", PAGES)
-    shutil.copytree(NOTEBOOKS / "images", PAGES / "images")
+    for folder in ("images", "pages"): shutil.copytree(NOTEBOOKS / folder, PAGES / folder)
     notebooks = {name: processed(NOTEBOOKS / name) for name in listed}
     addresses = {name: page_address(name, nb) for name, nb in notebooks.items()}
     titles = {name: front_matter(nb).get("title", Path(name).stem) for name, nb in notebooks.items()}
