@@ -4,6 +4,7 @@ Needs Chromium (`apt-get install chromium`, or its path in CHROMIUM) and the Pyt
 """
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -209,9 +210,9 @@ def notebook_of(path, cells):
 
 
 def sources(notebook):
-    "The code of a notebook of the project, without the export at its end."
+    "The code of a notebook of the project, without the cells that write into the project: its export, and pages for the site."
     cells = json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))["cells"]
-    return [text for cell in cells if cell["cell_type"] == "code" and "nbdev_export" not in (text := "".join(cell["source"]))]
+    return [text for cell in cells if cell["cell_type"] == "code" and not re.search(r"nbdev_export|pages/", text := "".join(cell["source"]))]
 
 
 def move_every_control(opened, moves):
