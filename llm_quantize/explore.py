@@ -18,7 +18,7 @@ from .errors import ArgumentError
 from .explorer import Control, Explorer, Panel
 from .frames import chart_frame, chart_series, heat_frame, heat_grid, html_frame, note_frame
 from .gguf_plan import plan_gguf
-from .imatrix import ImportanceMatrix
+from .imatrix import STATISTICS, ImportanceMatrix, flow
 from .profiles import PRESETS, Profile, Target, choose_types
 from .qtypes import qtype
 from .quality import _SHARES, Comparison, QualityReport
@@ -28,16 +28,12 @@ from .super_weights import SuperWeights
 from .token_view import TokenView, token_frame, view_tokens
 
 # %% ../nbs/55_explore.ipynb #explore-places
-_FIELDS = { # statistic of `TensorStatistics` -> (for the reader, is it shown as a logarithm?)
-    "mean": ("mean squared input", True), "max": ("strongest channel", True), "total": ("sum of mean squares", True), "zd": ("share of channels above mean + std", False),
-    "entropy_normalized": ("entropy, of the largest possible", False), "active": ("share of active channels", False), "cosine": ("cosine to the block before", False)}
-_ORDER = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down") # as data flows through a block; other kinds follow
 _POINTS = 160 # of a curve: more than that no screen of a page shows
 
 def _places(names) -> tuple: # kinds in the order of the flow, number of blocks
     parts = [name.split(".") for name in names if name.startswith("blk.")]
     if not parts: raise ArgumentError("there is no tensor of a block to show", "give the result of a whole model")
-    kinds = sorted({p[2] for p in parts}, key=lambda kind: (next((i for i, known in enumerate(_ORDER) if kind.startswith(known)), len(_ORDER)), kind))
+    kinds = sorted({p[2] for p in parts}, key=flow)
     return kinds, 1 + max(int(p[1]) for p in parts)
 
 def _grid(kinds: list, blocks: int, value) -> list: # value(block, kind) -> number, text or None
@@ -59,7 +55,7 @@ def _channels(matrix: ImportanceMatrix, name: str) -> "np.ndarray | None": # (ch
 def _importance_map(rows: dict, title: str, kinds: list, blocks: int, weights: tuple): # rows: name -> TensorStatistics
     marks = [(kinds.index(w.tensor.split(".")[2]), w.layer, f"super weight in row {w.row}, column {w.col}") for w in weights if w.tensor.split(".")[2] in kinds]
     def frame(field: str) -> dict:
-        words, log = _FIELDS[field]
+        words, log = STATISTICS[field]
         def value(block, kind):
             found = rows.get(f"blk.{block}.{kind}.weight")
             known = getattr(found, field) if found is not None and found.channels else None
@@ -91,8 +87,8 @@ def _importance_sorted(matrix: ImportanceMatrix, title: str, color: int):
 
 def _importance_table(rows: dict, block: int, kind: str) -> dict: # title -> {name: TensorStatistics}
     name = f"blk.{block}.{kind}.weight"
-    lines = [[title, *("" if getattr(own[name], field) is None else f"{getattr(own[name], field):.4g}" for field in _FIELDS)] for title, own in rows.items() if name in own]
-    return html_frame(html_table(["", *(words for words, _ in _FIELDS.values())], lines, name))
+    lines = [[title, *("" if getattr(own[name], field) is None else f"{getattr(own[name], field):.4g}" for field in STATISTICS)] for title, own in rows.items() if name in own]
+    return html_frame(html_table(["", *(words for words, _ in STATISTICS.values())], lines, name))
 
 def explore_importance(matrix: ImportanceMatrix,
                        other: "ImportanceMatrix | None" = None,    # a second one, to compare
@@ -104,7 +100,7 @@ def explore_importance(matrix: ImportanceMatrix,
     rows = {title: {t.name: t for t in m.statistics()} for title, m in matrices.items()}
     kinds, blocks = _places([name for own in rows.values() for name in own])
     which = (Control("matrix", "importance matrix", tuple(matrices), kind="many"),) if other is not None else ()
-    controls = [*which, Control("statistic", "statistic", tuple(_FIELDS)), Control("layer", "block", tuple(range(blocks)), kind="slide"), Control("tensor", "tensor", tuple(kinds), kinds[-1])]
+    controls = [*which, Control("statistic", "statistic", tuple(STATISTICS)), Control("layer", "block", tuple(range(blocks)), kind="slide"), Control("tensor", "tensor", tuple(kinds), kinds[-1])]
     def panel(name, title, make, depends, **more): # one frame for each matrix
         frames = {who: make(who, color) for color, who in enumerate(matrices)}
         chosen = (lambda who, *values: frames[who](*values)) if which else frames[names[0]]

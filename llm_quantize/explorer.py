@@ -9,7 +9,6 @@ __all__ = ['Control', 'Panel', 'Explorer']
 import html
 import itertools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from .errors import ArgumentError, LLMQuantizeError
 from .frames import COLORS, draw_frame, merge_frames, need_extra
-from .report import check_ending, html_figure, html_page
+from .report import html_figure, html_page, write_aside
 
 # %% ../nbs/53_explorer.ipynb #explorer-control
 @dataclass(frozen=True)
@@ -214,11 +213,4 @@ def _page(explorer: Explorer) -> str:
 def _write(text: str, path: "str | Path") -> Path:
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".html", ".htm"): raise ArgumentError(f"an explorer cannot be written as '{path.suffix or path.name}'", "let the file end in .html")
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise LLMQuantizeError(f"{path} cannot be written: {error.strerror}", "choose another place") from None
-    return path
+    return write_aside(path, text)

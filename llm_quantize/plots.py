@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from .errors import ArgumentError
-from .imatrix import ImportanceMatrix
+from .imatrix import STATISTICS, ImportanceMatrix, flow
 from .super_weights import SuperWeights
 
 # %% ../nbs/42_plots.ipynb #plots-picture
@@ -31,22 +31,12 @@ class _Picture(Figure):
 # %% ../nbs/42_plots.ipynb #plots-flow
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#777777" # the first two of Okabe and Ito
 
-_FIELDS = {"mean": "mean squared input", "max": "strongest channel", "total": "sum of mean squares",
-           "entropy_normalized": "entropy, as a share of the largest possible", "active": "share of active channels",
-           "zd": "share of channels above mean + std", "cosine": "cosine to the block before"}
-_LOGARITHMIC = ("mean", "max", "total")
-_ORDER = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down") # as data flows through a block; other kinds follow
-
-def _flow(kind: str) -> tuple: # sorts kinds; experts beside the dense matrices of their role
-    plain = kind.removesuffix("_exps").removesuffix("_shexp")
-    return (_ORDER.index(plain) if plain in _ORDER else len(_ORDER), kind)
-
 def importance_grid(matrix: ImportanceMatrix, field: str = "mean") -> tuple: # (kinds, blocks) float64 with NaN for none, names of the kinds
     "A figure of every tensor in the blocks, as a table of kinds and blocks."
-    if field not in _FIELDS: raise ArgumentError(f"unknown statistic '{field}'", f"use one of: {', '.join(_FIELDS)}")
+    if field not in STATISTICS: raise ArgumentError(f"unknown statistic '{field}'", f"use one of: {', '.join(STATISTICS)}")
     rows = [(t.name.split("."), getattr(t, field)) for t in matrix.statistics() if t.name.startswith("blk.") and t.channels]
     if not rows: raise ArgumentError("the importance matrix has no tensor of a block to draw", "use the matrix of a whole model")
-    kinds = sorted({parts[2] for parts, _ in rows}, key=_flow)
+    kinds = sorted({parts[2] for parts, _ in rows}, key=flow)
     grid = np.full((len(kinds), 1 + max(int(parts[1]) for parts, _ in rows)), np.nan)
     for parts, value in rows: grid[kinds.index(parts[2]), int(parts[1])] = np.nan if value is None else value
     return grid, kinds
@@ -60,8 +50,8 @@ def plot_importance(matrix: ImportanceMatrix,
                    ) -> Figure:
     "A heat map of importance by block and kind of tensor."
     grid, kinds = importance_grid(matrix, field)
-    title = _FIELDS[field]
-    if field in _LOGARITHMIC: grid, title = np.log10(np.where(grid > 0, grid, np.nan)), f"{title}, log10"
+    title, logarithmic = STATISTICS[field]
+    if logarithmic: grid, title = np.log10(np.where(grid > 0, grid, np.nan)), f"{title}, log10"
     figure = _Picture(figsize=(width, 0.8 + 0.26 * len(kinds)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
@@ -156,7 +146,7 @@ def plot_errors(rows: list,                   # dicts with layer_name ("blk.0.at
         parts = re.search(r"(?:blk|layers)\.(\d+)\.(.+?)(?:\.weight)?$", row["layer_name"])
         if parts and row.get(field): found[parts[2], int(parts[1])] = row[field]
     if not found: return None
-    kinds = sorted({kind for kind, _ in found}, key=_flow)
+    kinds = sorted({kind for kind, _ in found}, key=flow)
     grid = np.full((len(kinds), 1 + max(block for _, block in found)), np.nan)
     for (kind, block), value in found.items(): grid[kinds.index(kind), block] = np.log10(value)
     figure = _Picture(figsize=(width, 0.8 + 0.26 * len(kinds)), layout="constrained")

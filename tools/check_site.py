@@ -51,7 +51,7 @@ def problems(folder: Path) -> list[str]:
             there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if there.is_dir(): there = there / "index.html"
             if not there.exists(): out.append(f"{name}: {link} leads nowhere")
-            elif parts.fragment and there in pages and unquote(parts.fragment) not in pages[there].anchors and parts.fragment != "__nowhere": out.append(f"{name}: {link} has no such place")
+            elif parts.fragment and there in pages and unquote(parts.fragment) not in pages[there].anchors: out.append(f"{name}: {link} has no such place")
         out += [f"{name}: {address} comes from elsewhere" for address in page.loaded if urlsplit(address).netloc]
         out += [f"{name}: a picture without a description, {address[:60]}" for address in page.nameless]
         text = "".join(page.words)
