@@ -2,8 +2,8 @@
 
     python benchmarks/feedback_kld.py MODEL CALIBRATION TEXT [TEXT ...] [--types Q3_K IQ2_XXS ...] [--windows 512] [--epochs 1] [--judged 48] [--device cuda] [--seconds S]
 
-The steps: `reference` (llama.cpp's encoder with importance), `search` (ours), `feedback` (errors passed on, all tokens alike), `end-loss` (tokens weighted by squared gradients), `tuned` (super-scales and
-norms moved). CALIBRATION is what moments, importance and tuning see; the TEXTs are only for judging. All steps are scored on the same windows, so their difference to the first has a standard error of its
+The steps: `reference` (llama.cpp's encoder with importance), `search` (ours), `feedback` (errors passed on, all tokens alike), `end-loss` (tokens weighted by squared gradients), `descent` (each scale and code once
+more while the others stand), `tuned` (super-scales and norms moved). CALIBRATION is what moments, importance and tuning see; the TEXTs are only for judging. All steps are scored on the same windows, so their difference to the first has a standard error of its
 own. Embeddings and output stay as they are. With --seconds, no further type is begun after that time. Where llama.cpp's library is missing the first step is left out.
 """
 import argparse
@@ -28,10 +28,10 @@ TYPES = ["Q3_K", "IQ2_XXS", "Q2_K", "IQ1_S", "IQ3_XXS", "IQ2_XS", "IQ2_S", "IQ1_
 
 class Judge:
     "KL divergence to the original on the second half of windows, one figure per window."
-    def __init__(self, checkpoint, specs, texts, count, device):
+    def __init__(self, checkpoint, specs, texts, count, device, skip=0): # `skip`: windows left out at the beginning
         self.checkpoint, self.specs, self.device = checkpoint, specs, device
         tokenizer = load_tokenizer(checkpoint.path)
-        self.ids = {name: windows(tokenizer, read_text(name), limit=count).to(device) for name in texts}
+        self.ids = {name: windows(tokenizer, read_text(name), limit=skip + count)[skip:].to(device) for name in texts}
         self.original, self.model = (load_float(checkpoint, device=device) for _ in range(2))
 
     @torch.no_grad()
@@ -60,12 +60,12 @@ def reference(weights, name, moments):
     with ThreadPoolExecutor() as pool: return dict(pool.map(one, weights.items()))
 
 
-def fed(weights, name, moments):
+def fed(weights, name, moments, **options):
     "Error feedback, matrices of one shape together."
     shapes, out = {}, {}
     for key, w in weights.items(): shapes.setdefault(tuple(w.shape), []).append(key)
     for (rows, _), keys in shapes.items():
-        data = feedback_encode(torch.stack([weights[k] for k in keys]), torch.cat([moments[k] for k in keys]), name)
+        data = feedback_encode(torch.stack([weights[k] for k in keys]), torch.cat([moments[k] for k in keys]), name, **options)
         out |= {k: (name, part) for k, part in zip(keys, data.split(rows))}
     return out
 
@@ -97,7 +97,8 @@ def main():
         steps = {"reference": lambda: (reference(weights, name, plain), {}),
                  "search": lambda: ({k: (name, quantize(w, name, plain[k][0].diagonal().contiguous())) for k, w in weights.items()}, {}),
                  "feedback": lambda: (fed(weights, name, plain), {}), "end-loss": lambda: (fed(weights, name, end_loss), {}),
-                 "tuned": lambda: (lambda t: (done["end-loss"] | t.encoded, t.norms))(tune(checkpoint, specs, done["end-loss"], ids, epochs=args.epochs, batch=4, device=args.device))}
+                 "descent": lambda: (fed(weights, name, end_loss, readings=3), {}),
+                 "tuned": lambda: (lambda t: (done["descent"] | t.encoded, t.norms))(tune(checkpoint, specs, done["descent"], ids, epochs=args.epochs, batch=4, device=args.device))}
         for label, make in steps.items():
             start = time.monotonic()
             try: done[label], norms = make()

@@ -39,13 +39,14 @@ class Effort:
     windows: int   # of 512 tokens, for the moments
     tuning: int    # of these, for tuning; 0: none
     epochs: int    # how often tuning reads them
+    readings: int = 0 # of coordinate descent, after the errors were fed back
 
     @property
     def damping(self) -> float:
         "Of the moments: the fewer windows, the noisier they are. 0.1 from 256 windows on, 0.28 at 64; measured there, extrapolated below."
         return 0.1 * max(1.0, 256 / self.windows) ** 0.75
 
-EFFORTS = {"quick": Effort(32, 0, 0), "default": Effort(40, 20, 1), "thorough": Effort(512, 512, 2)}
+EFFORTS = {"quick": Effort(32, 0, 0), "default": Effort(32, 16, 1), "thorough": Effort(512, 512, 2, 3)}
 
 def find_effort(name: str) -> Effort:
     "The effort of that name, in any case; raises `ArgumentError` with the nearest."
@@ -112,9 +113,9 @@ def fed_back(spec: GGUFTensor, type: str) -> bool:
     "Whether error feedback is for this tensor: a matrix of a block, in a type below eight bits."
     return spec.layer is not None and spec.quantizable and type in ENCODERS and QTYPES[type].bpw < 8
 
-def _encode_layer(checkpoint: Checkpoint, specs: list, types: dict, moments: dict, device: str, search: str, damping: float) -> dict: # GGUF name -> bytes
+def _encode_layer(checkpoint: Checkpoint, specs: list, types: dict, moments: dict, device: str, search: str, effort: Effort) -> dict: # GGUF name -> bytes
     "The tensors of one layer."
-    out, alike = {}, {}
+    out, alike, options = {}, {}, {"search": search, "damping": effort.damping, "readings": effort.readings}
     for spec in specs:
         if spec.name in moments: alike.setdefault((types[spec.name], tuple(spec.shape)), []).append(spec)
     for (type, shape), group in alike.items():
@@ -122,9 +123,9 @@ def _encode_layer(checkpoint: Checkpoint, specs: list, types: dict, moments: dic
         if len(shape) == 3: # experts, a few at a time
             for spec, w, h in zip(group, weights, hessians):
                 few = max(1, 16384 // shape[1])
-                out[spec.name] = torch.cat([feedback_encode(a, b, type, search=search, damping=damping).cpu() for a, b in zip(w.split(few), h.split(few))])
+                out[spec.name] = torch.cat([feedback_encode(a, b, type, **options).cpu() for a, b in zip(w.split(few), h.split(few))])
             continue
-        data = feedback_encode(torch.stack(weights), torch.cat(hessians), type, search=search, damping=damping).cpu()
+        data = feedback_encode(torch.stack(weights), torch.cat(hessians), type, **options).cpu()
         out |= {spec.name: part.clone() for spec, part in zip(group, data.split(shape[0]))}
     return out
 
@@ -141,7 +142,7 @@ def _calibration(checkpoint: Checkpoint, data, count: int) -> torch.Tensor: # (w
     tokenizer = load_tokenizer(checkpoint.path)
     return windows(tokenizer, [bundled_text("calibration")] if data is None else read_text(data, tokenizer), limit=count)
 
-def _all_layers(stack, store, specs, types, ids, device, search, damping, progress) -> dict: # GGUF name -> bytes
+def _all_layers(stack, store, specs, types, ids, device, search, effort, progress) -> dict: # GGUF name -> bytes
     "Every layer from the store, or encoded now."
     layers = {}
     for spec in specs:
@@ -150,7 +151,7 @@ def _all_layers(stack, store, specs, types, ids, device, search, damping, progre
     tell = (lambda n, total: progress(n, 2 * total, "error feedback: moments")) if progress else None
     for moments in second_moments(stack, ids, layers=left, progress=tell) if left else ():
         for layer in sorted({int(name.split(".")[1]) for name in moments}):
-            store.save(f"layer-{layer}", _encode_layer(stack.checkpoint, layers[layer], types, moments, device, search, damping))
+            store.save(f"layer-{layer}", _encode_layer(stack.checkpoint, layers[layer], types, moments, device, search, effort))
             for name in [n for n in moments if n.startswith(f"blk.{layer}.")]: moments[name] = None
             left.discard(layer)
             if progress: progress(2 * len(layers) - len(left), 2 * len(layers), f"error feedback: block {layer}")
@@ -196,6 +197,6 @@ def encode_ahead(checkpoint: Checkpoint,
     about = identity(checkpoint, ids, types=plan, effort=json.dumps(asdict(spent)), search=search, device=torch.device(device).type, products=stack.dtype)
     store = Store(checkpoint_dir, about, resume)
     if not stack.keep: _log.warning("the layers do not fit in memory at once: all tokens count alike, and scales are not tuned")
-    encoded = _all_layers(stack, store, specs, types, ids, device, search, spent.damping, progress)
+    encoded = _all_layers(stack, store, specs, types, ids, device, search, spent, progress)
     encoded, norms, notes = _tune(stack, store, specs, types, encoded, importance, ids, spent, device, search, progress) if stack.keep else (encoded, {}, {})
     return EncodedAhead(encoded, norms, {"effort": effort, "windows": len(ids), "end_loss": stack.keep, "tensors": len(encoded), **notes}, store.discard)

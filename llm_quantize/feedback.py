@@ -94,6 +94,7 @@ class _Pass:
     weights: torch.Tensor  # (columns, stack, 1): what a squared error counts where scales are searched
     count: int             # grid points tried for a run of eight
     reach: int             # small scales tried to either side
+    again: int             # grid points tried where a code stands already
 
     @cached_property
     def grid(self): return self.encoder.levels if isinstance(self.encoder.levels, Grid) else None
@@ -103,6 +104,8 @@ class _Pass:
     def exact(self): return inverse_factor(self.hessian)
     @cached_property
     def factor(self): return self.exact.float()
+    @cached_property
+    def single(self): return self.hessian.float()
 
     @cached_property
     def eights(self) -> tuple: # metric and inverse factor, each (eights, stack, 8, 8)
@@ -174,6 +177,74 @@ class _Pass:
             if last < len(x): moving[last:] -= _through(self.factor[:, first:last, last:].mT, errors)
         return found
 
+# %% ../nbs/25_feedback.ipynb #feedback-descent
+class _Descent:
+    "Readings of all scales and codes of a stack of matrices, each moved to where it is best while the others stand."
+    def __init__(self, job: _Pass, x: torch.Tensor): # (columns, N)
+        self.job, self.encoder, self.grid, self.x, self.h = job, job.encoder, job.grid, x, job.single
+        self.size, self.width = job.encoder.groups * job.encoder.elements, 1 if job.grid is None else 8
+
+    @cached_property
+    def corners(self) -> torch.Tensor: # (units, stack, width, width)
+        "Inverses of the pieces of H on the diagonal."
+        return torch.linalg.inv(torch.stack([self.job.hessian[:, j:j + self.width, j:j + self.width] for j in range(0, len(self.x), self.width)])).float()
+
+    def value(self, codes, step, offset):
+        v = step * (codes if self.grid is not None else self.encoder.levels.value(codes))
+        return v if offset is None else v - offset
+
+    def move(self, slope, change, first, here): # what a change of some weights of a super-block does to the slopes from there on
+        slope[here.start:] += _through(self.h[:, first + here.start:first + self.size, first + here.start:first + here.stop], change)
+
+    def rescale(self, fields, g, codes, slope, first, here): # -> change of the group's weights
+        "The small scale, then the small minimum, of a group."
+        change, own = torch.zeros_like(slope[here]), self.h[:, first + here.start:first + here.stop, first + here.start:first + here.stop]
+        low, high, distance = (*self.job.limits, 1)[:3]
+        for key, super_scale in (("scales", "d"), ("mins", "dmin")):
+            if key not in fields: continue
+            pattern = self.value(codes, fields[super_scale], None) if key == "scales" else -fields[super_scale].expand_as(change)
+            best = fields[key][g] - ratio((pattern * (slope[here] + _through(own, change))).sum(0), (pattern * _through(own, pattern)).sum(0))
+            best = (low + ((best - low) / distance).round() * distance).clamp(low, high)
+            change += pattern * (best - fields[key][g])
+            fields[key][g] = best
+        return change
+
+    def unit(self, codes, slope, at, step, offset): # -> codes, change of the weights
+        "The best code of one column, or of eight, for slopes as they are now."
+        now, own = self.value(codes, step, offset), self.h[:, at:at + self.width, at:at + self.width]
+        wanted = now - _through(self.corners[at // self.width], slope)
+        if self.grid is None:
+            new = self.encoder.levels.nearest((wanted if offset is None else wanted + offset) * inverse(step))
+            return new, self.value(new, step, offset) - now
+        shift = codes[0] - codes[0].round() if self.grid.shared else None
+        new = vector_codes(wanted, own, step, self.grid, self.job.again, shift)
+        change = self.value(new, step, offset) - now
+        better = (change * (2 * slope + _through(own, change))).sum(0) < 0 # the points tried may miss the one that is there
+        return torch.where(better, new, codes), torch.where(better, change, 0.0)
+
+    def block(self, fields, codes, slope, first): # slope (columns of a super-block, N), moved in place -> fields, codes
+        "One super-block."
+        fields, codes = {k: v.clone() for k, v in fields.items()}, codes.flatten(0, 1).clone()
+        for g in range(self.encoder.groups):
+            here = slice(g * self.encoder.elements, (g + 1) * self.encoder.elements)
+            if "scales" in fields: self.move(slope, self.rescale(fields, g, codes[here], slope, first, here), first, here)
+            step, offset = (None if v is None else v[g] for v in self.encoder.steps(fields))
+            for j in range(here.start, here.stop, self.width):
+                unit = slice(j, j + self.width)
+                codes[unit], change = self.unit(codes[unit], slope[unit], first + j, step, offset)
+                self.move(slope, change, first, unit)
+        return fields, codes.view(self.encoder.groups, self.encoder.elements, -1)
+
+    def read(self, found: list) -> list: # (fields, codes) of each super-block -> the same, none of them worse
+        "All columns once more."
+        weights = lambda block: self.encoder.weights(*block).flatten(0, 1)
+        slope, out = _through(self.h, torch.cat([weights(block) for block in found]) - self.x), []
+        for i, block in enumerate(found):
+            first, last = i * self.size, (i + 1) * self.size
+            out.append(self.block(*block, slope[first:last], first))
+            if last < len(self.x): slope[last:] += _through(self.h[:, last:, first:last], weights(out[-1]) - weights(block))
+        return out
+
 # %% ../nbs/25_feedback.ipynb #feedback-super-patterns
 _SUPER = ("d", "dmin", "m") # super-scales and offsets that a block is linear in
 
@@ -227,6 +298,7 @@ def feedback_encode(x: torch.Tensor,           # (rows, columns) or (stack, rows
                     *, search: str = "fast",   # or "best": of the scales
                     damping: float = DAMPING,  # added to the diagonal, as a share of its mean
                     count: int = COUNT, reach: int = REACH, # grid points tried for eight weights; small scales tried to either side
+                    readings: int = 0, again: int = 8, # of coordinate descent, for moments of much text; grid points it tries
                     give_back: float = 0.5     # see `refit_rows`
                     ) -> torch.Tensor:         # (all rows, row bytes) uint8, on x's device
     "The bytes of a tensor whose errors make up for each other (GPTQ, arXiv 2210.17323, for all types of GGUF); raises `ArgumentError`."
@@ -237,10 +309,12 @@ def feedback_encode(x: torch.Tensor,           # (rows, columns) or (stack, rows
     if not torch.isfinite(hessian).all(): raise ArgumentError("the hessian holds NaN or infinite values", "collect it again")
     type.row_bytes(x.shape[2])
     encoder = THOROUGH.get(type.name, ENCODERS[type.name]) if search == "best" else ENCODERS[type.name]
-    if isinstance(encoder.levels, Grid) and encoder.levels.dim == 4: count = min(count, 8) # pairs of points
+    if isinstance(encoder.levels, Grid) and encoder.levels.dim == 4: count, again = min(count, 8), min(again, 4) # pairs of points
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1).float()
     weights = (ratio(diagonal, diagonal.mean(-1, keepdim=True)) + 1e-6).T.unsqueeze(-1)
     flat = x.permute(2, 0, 1).flatten(1).clamp(-encoder.largest, encoder.largest)
-    job = _Pass(encoder, damped(hessian, damping), weights, count, reach)
-    found = refit_rows(job.run(flat), flat, job.hessian.float(), encoder, give_back)
+    job = _Pass(encoder, damped(hessian, damping), weights, count, reach, again)
+    found, descent = job.run(flat), _Descent(job, flat)
+    for _ in range(readings): found = descent.read(found)
+    found = refit_rows(found, flat, job.single, encoder, give_back)
     return torch.cat([encoder.pack(*block) for block in found]).T.contiguous()

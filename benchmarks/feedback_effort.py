@@ -1,0 +1,47 @@
+"""What an effort of error feedback costs and gives: seconds of each phase, and KL divergence, all block weights in one type.
+
+    python benchmarks/feedback_effort.py MODEL CALIBRATION TEXT [TEXT ...] [--types IQ3_XXS ...] [--efforts 40,20,1,1 ...] [--judged 48] [--skip 0] [--threads 2] [--device cpu]
+
+An effort: windows, of these for tuning, epochs of tuning, readings of descent; see `encode_ahead`. The whole of `encode_ahead` is timed, loading included, judging is not.
+"""
+import argparse
+import time
+
+import torch
+
+from feedback_kld import Judge
+from llm_quantize.architectures import architecture
+from llm_quantize.checkpoint import open_checkpoint
+from llm_quantize.encode_ahead import EFFORTS, Effort, encode_ahead
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("texts", nargs="+")
+    parser.add_argument("--types", nargs="+", default=["IQ3_XXS"])
+    parser.add_argument("--efforts", nargs="+", default=[",".join(str(v) for v in (e.windows, e.tuning, e.epochs, e.readings)) for e in (EFFORTS["default"],)])
+    parser.add_argument("--judged", type=int, default=48)
+    parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    checkpoint = open_checkpoint(args.model)
+    specs = architecture(checkpoint.config).tensors(checkpoint)
+    judge = Judge(checkpoint, specs, args.texts, args.judged, args.device, args.skip)
+    for name in args.types:
+        types = {s.name: name if s.layer is not None and s.quantizable else "F32" for s in specs}
+        for effort in args.efforts:
+            EFFORTS["tried"] = Effort(*map(int, effort.split(",")))
+            start, marks = time.perf_counter(), {}
+            def progress(done, total, what): marks["blocks" if "block" in what else what.rpartition(": ")[2]] = time.perf_counter() - start
+            found = encode_ahead(checkpoint, specs, types, effort="tried", calibration_data=args.calibration, device=args.device, progress=progress)
+            seconds, before, phases = time.perf_counter() - start, 0.0, []
+            for what, end in sorted(marks.items(), key=lambda mark: mark[1]): phases, before = [*phases, f"{what} {end - before:.0f} s"], end
+            klds = judge({n: (name, data) for n, data in found.encoded.items()}, {n: v.to(args.device) for n, v in found.norms.items()})
+            print(f"{name:<8} {effort:<14} {seconds:5.0f} s ({', '.join(phases)})  KLD " + "  ".join(f"{k.mean():.5f} +- {k.std() / len(k) ** .5:.5f}" for k in klds), flush=True)
+
+
+if __name__ == "__main__": main()
