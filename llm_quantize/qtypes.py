@@ -33,8 +33,9 @@ class QType:
     def row_bytes(self, columns: int) -> int: # bytes of one row of `columns` weights
         "Size of a row; the row must divide into blocks."
         if columns % self.block_size:
+            second = QTYPES.get(self.fallback) # it may not fit either
             raise ArgumentError(f"{self.name} needs rows in blocks of {self.block_size}, not of {columns} weights",
-                                f"use {self.fallback or 'F16'} for this tensor")
+                                f"use {second.name if second and not columns % second.block_size else 'F16'} for this tensor")
         return columns // self.block_size * self.block_bytes
 
 # %% ../nbs/01_qtypes.ipynb #qtypes-facts
@@ -49,6 +50,7 @@ _FACTS = {
     "TQ1_0": ("ternary", False, "Q4_0"), "TQ2_0": ("ternary", False, "Q4_0"),
 }
 
+# %% ../nbs/01_qtypes.ipynb #qtypes-qtypes-name-qtype-name-famil
 QTYPES = {name: QType(name, family, *GGML_QUANT_SIZES[GGMLQuantizationType[name]], int(GGMLQuantizationType[name]), imatrix, fallback)
           for name, (family, imatrix, fallback) in _FACTS.items()}
 
@@ -60,6 +62,7 @@ def nearest(name: str,             # what was typed
     found = difflib.get_close_matches(name.upper(), folded, n=1, cutoff=0.4)
     return folded[found[0]] if found else ""
 
+# %% ../nbs/01_qtypes.ipynb #qtypes-qtype-2
 def qtype(name: "str | QType") -> QType:
     "The type of that name, in any case; raises `ArgumentError` with the nearest name if there is none."
     if isinstance(name, QType): return name
