@@ -25,6 +25,7 @@ def _pack(fields, codes, zero, bits):
         parts.append(digits(high.unflatten(-2, (4, 8)).transpose(-3, -2), 2).to(torch.uint8))
     return torch.cat([*parts, digits(q.unflatten(-2, (2, 16)), 16).to(torch.uint8)], -2)
 
+# %% ../nbs/04_rounds.ipynb #rounds-unpack
 def _unpack(data, zero, bits, names):
     "The way back."
     fields = {k: read_half(data[..., 2 * i:2 * i + 2, :]) for i, k in enumerate(names)}
@@ -47,6 +48,7 @@ def best_of(x: torch.Tensor, w: torch.Tensor, # (..., elements, blocks)
     "The candidate with the least squared error."
     return pick(fit_errors(x, w, step, inverse, offset, levels), step, *([] if offset is None else [offset]))[1:]
 
+# %% ../nbs/04_rounds.ipynb #rounds-scale-of-32
 def scale_of_32(x: torch.Tensor, w: torch.Tensor, # (..., 1, 32, blocks)
                 levels: Levels,
                 ends: tuple, heavy: tuple,        # as `symmetric_scale` takes them
@@ -73,6 +75,7 @@ def free_offset(x: torch.Tensor, w: torch.Tensor, # (..., elements, blocks)
     sq, _, _ = fit_sums(x, w, step, inverse, offset, levels)
     return ratio(step * sq - sx, sw)
 
+# %% ../nbs/04_rounds.ipynb #rounds-scale-and-offset-of-32
 def scale_and_offset_of_32(x: torch.Tensor, w: torch.Tensor, # (..., 1, 32, blocks)
                            levels: Levels,
                            starts: tuple                      # as `affine_scale` takes them
@@ -99,6 +102,7 @@ def _symmetric(levels, stretches, heavy):
     exact = (levels.low, levels.high if levels.table else levels.low + 1)
     return partial(scale_of_32, levels=levels, ends=_ends(levels, stretches), heavy=heavy, exact=exact)
 
+# %% ../nbs/04_rounds.ipynb #rounds-starts-tuple-a-b-for-a-in-0
 _STARTS = tuple((a, b) for a in (0.84, 0.88, 0.91, 0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.07, 1.1) for b in (0.2, -0.1, -0.4))
 _BYTES, _FOUR, _FIVE, _TABLE = Levels(-127, 127), Levels(-8, 7), Levels(-16, 15), Levels(0, 15, IQ4_TABLE)
 _TYPES = {
@@ -110,6 +114,8 @@ _TYPES = {
     "Q5_1": (Levels(0, 31), 5, ("d", "m"), partial(scale_and_offset_of_32, levels=Levels(0, 31), starts=_STARTS)),
     "IQ4_NL": (_TABLE, 4, ("d",), _symmetric(_TABLE, (0.82, 0.88, 0.94, 1.0, 1.06, 1.12), (-127, -104, -83, -65, 113, 89, 69, 53))),
 }
+
+# %% ../nbs/04_rounds.ipynb #rounds-for-name-levels-bits-names-s-2
 for _name, (_levels, _bits, _names, _search) in _TYPES.items():
     _zero = 0 if _bits == 8 else _levels.lo
     ENCODERS[_name] = Encoder(1, 32, _levels, _search, steps, partial(_pack, zero=_zero, bits=_bits), partial(_unpack, zero=_zero, bits=_bits, names=_names),
