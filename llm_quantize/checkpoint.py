@@ -63,12 +63,14 @@ def _read_json(path: Path) -> dict:
     if not isinstance(found, dict): raise ModelNotFoundError(f"{path} does not hold a JSON object", "download this file again")
     return found
 
+# %% ../nbs/10_checkpoint.ipynb #checkpoint-weight-files
 def _weight_files(path: Path) -> tuple[list[Path], list[str]]: # (files, tensor names promised by the index)
     "The safetensors files of a model directory; raises `ModelNotFoundError` or `ConversionError` if there are none."
     index = path / "model.safetensors.index.json"
     if index.exists():
         placed = _read_json(index).get("weight_map")
         if not isinstance(placed, dict) or not placed: raise ModelNotFoundError(f"{index} has no weight_map", "download this file again")
+        if not all(isinstance(name, str) for name in placed.values()): raise ModelNotFoundError(f"the weight_map of {index} names something that is no file", "download this file again")
         return [path / name for name in sorted(set(placed.values()))], list(placed)
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if files: return files, []
@@ -135,9 +137,10 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({self.name}: {len(self._info)} tensors, {self.parameters / 1e6:.1f} M weights, {self.bytes / 1e6:.1f} MB)"
 
-# %% ../nbs/10_checkpoint.ipynb #checkpoint-download
+# %% ../nbs/10_checkpoint.ipynb #checkpoint-wanted-json-safetensors-mode
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "additional_chat_templates/*"]
 
+# %% ../nbs/10_checkpoint.ipynb #checkpoint-download
 def _download(model: str, token: str | None) -> Path: # local snapshot directory
     "Fetch a Hub repository into the Hugging Face cache."
     from huggingface_hub import snapshot_download
@@ -161,6 +164,7 @@ def _download(model: str, token: str | None) -> Path: # local snapshot directory
         raise ModelNotFoundError(f"no directory '{model}' here, and the Hugging Face Hub cannot be reached ({type(error).__name__})",
                                  "check the path; without a network, give a local directory") from None
 
+# %% ../nbs/10_checkpoint.ipynb #checkpoint-open-checkpoint
 def open_checkpoint(model: "str | Path | Checkpoint", # local directory or Hub id
                     *, token: str | None = None       # Hub token; default: HF_TOKEN
                    ) -> Checkpoint:

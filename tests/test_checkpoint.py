@@ -56,6 +56,13 @@ def test_an_index_that_promises_more_than_there_is(model):
     with pytest.raises(ModelNotFoundError, match="first: c"): open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("placed", [3, None, ["x"]], ids=["number", "null", "list"])
+def test_an_index_that_names_no_files(model, placed):
+    folder, _ = model
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": placed}}))
+    with pytest.raises(ModelNotFoundError, match="names something that is no file"): open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 30, -1], ids=["empty", "no-length", "no-header", "last-byte-gone"])
 def test_truncated_weights(model, keep):
     folder, _ = model
