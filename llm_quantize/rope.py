@@ -64,10 +64,11 @@ def rope_factors(rope: dict,    # settings
     return made
 
 # %% ../nbs/11_rope.ipynb #rope-yarn-attention
-_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
-
 def _yarn_attention(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+# %% ../nbs/11_rope.ipynb #rope-yarn-quotient
+_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
 
 def _yarn_quotient(rope: dict, factor: float) -> float: # what the model wants over what llama.cpp takes
     "The attention factor to be written for yarn; raises `ConversionError` for a ramp that llama.cpp does not have."
@@ -81,6 +82,7 @@ def _yarn_quotient(rope: dict, factor: float) -> float: # what the model wants o
         wanted = _yarn_attention(factor, rope["mscale"]) / _yarn_attention(factor, rope["mscale_all_dim"])
     return (wanted or _yarn_attention(factor)) / _yarn_attention(factor)
 
+# %% ../nbs/11_rope.ipynb #rope-rope-metadata
 def rope_metadata(rope: dict,    # settings
                   head_dim: int  # size of a head
                  ) -> dict:      # GGUF key without the architecture's name -> value
