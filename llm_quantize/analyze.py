@@ -23,6 +23,55 @@ from .imatrix import ImportanceMatrix
 from .importance import METHODS, collect, discard_state
 from .super_weights import SuperWeights, find_super_weights, rank_weights
 
+# %% ../nbs/18_analyze.ipynb #analyze-windows
+_log = logging.getLogger("llm_quantize")
+SIZE = 512 # tokens in a window
+
+def _windows(checkpoint: Checkpoint, data: "str | Path | None", samples: int) -> tuple: # (windows, size), name of the text
+    "The windows to run, and what to call the text they are from."
+    tokenizer = load_tokenizer(checkpoint.path)
+    documents, name = ([bundled_text("calibration")], "llm_quantize calibration text") if data is None else (read_text(data, tokenizer), Path(data).name)
+    ids = windows(tokenizer, documents, size=SIZE, limit=samples, name=name)
+    if len(ids) < samples: _log.info("%s has %d windows of %d tokens, fewer than the %d asked for", name, len(ids), SIZE, samples)
+    return ids, name
+
+# %% ../nbs/18_analyze.ipynb #analyze-target
+def _target(output: "str | Path | None", name: str) -> Path: # the file to write
+    "The output path, if it can be written; raises `ArgumentError`."
+    path = Path(f"{name}.imatrix") if output is None else Path(output).expanduser()
+    if path.is_dir(): path = path / f"{name}.imatrix"
+    if not path.parent.is_dir(): raise ArgumentError(f"there is no directory {path.parent} to write {path.name} to", "make it first, or choose another output")
+    if not os.access(path.parent, os.W_OK): raise ArgumentError(f"the directory {path.parent} cannot be written to", "choose another output")
+    return path
+
+# %% ../nbs/18_analyze.ipynb #analyze-checkpoint-folder
+def _checkpoint_folder(folder: "str | Path | None", resume: "str | Path | None") -> Path:
+    "Where the state is kept; raises `CheckpointError` for a directory to resume from that is not there."
+    if resume is None: return Path(folder if folder is not None else os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint").expanduser()
+    path = Path(resume).expanduser()
+    if not path.is_dir(): raise CheckpointError(f"no checkpoint directory {path} to resume from", "check the path, or run without --resume to start from the beginning")
+    return path
+
+# %% ../nbs/18_analyze.ipynb #analyze-speed
+def _speed(progress: "Callable | None") -> Callable: # (tokens done, tokens in all)
+    "Progress with tokens per second of this run."
+    begun = []
+    def tell(done: int, total: int) -> None:
+        now = time.monotonic()
+        if not begun: begun.append((done, now))
+        tokens, seconds = done - begun[0][0], now - begun[0][1]
+        if progress: progress(done, total, f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else "")
+    return tell
+
+# %% ../nbs/18_analyze.ipynb #analyze-collect
+def _collect(checkpoint: Checkpoint, ids: torch.Tensor, **options) -> ImportanceMatrix:
+    "`collect`, its surprises turned into errors of ours."
+    try: return collect(checkpoint, ids, **options)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said: raise OutOfMemoryError(f"not enough memory: {said}", "use fewer things at once, or --device cpu") from error
+        raise ImportanceError(f"running the model failed: {said}", "run again with --verbosity debug and report the traceback") from error
+
 # %% ../nbs/18_analyze.ipynb #analyze-analysis
 @dataclass(frozen=True, eq=False, repr=False)
 class Analysis(ImportanceMatrix):
@@ -49,44 +98,8 @@ class Analysis(ImportanceMatrix):
                 "super_weights": {"searched": self.super_weights is not None, **found, "coverage": self.coverage, "total_protected": self.total_protected},
                 "duration_seconds": round(self.duration_seconds, 3)}
 
-# %% ../nbs/18_analyze.ipynb #analyze-windows
-_log = logging.getLogger("llm_quantize")
-SIZE = 512 # tokens in a window
+# %% ../nbs/18_analyze.ipynb #analyze-effect-8-windows-on-which-th
 EFFECT = 8 # windows on which the effect of a super weight is measured
-
-def _windows(checkpoint: Checkpoint, data: "str | Path | None", samples: int) -> tuple: # (windows, size), name of the text
-    "The windows to run, and what to call the text they are from."
-    tokenizer = load_tokenizer(checkpoint.path)
-    documents, name = ([bundled_text("calibration")], "llm_quantize calibration text") if data is None else (read_text(data, tokenizer), Path(data).name)
-    ids = windows(tokenizer, documents, size=SIZE, limit=samples, name=name)
-    if len(ids) < samples: _log.info("%s has %d windows of %d tokens, fewer than the %d asked for", name, len(ids), SIZE, samples)
-    return ids, name
-
-# %% ../nbs/18_analyze.ipynb #analyze-target
-def _target(output: "str | Path | None", name: str) -> Path: # the file to write
-    "The output path, if it can be written; raises `ArgumentError`."
-    path = Path(f"{name}.imatrix") if output is None else Path(output).expanduser()
-    if path.is_dir(): path = path / f"{name}.imatrix"
-    if not path.parent.is_dir(): raise ArgumentError(f"there is no directory {path.parent} to write {path.name} to", "make it first, or choose another output")
-    if not os.access(path.parent, os.W_OK): raise ArgumentError(f"the directory {path.parent} cannot be written to", "choose another output")
-    return path
-
-def _checkpoint_folder(folder: "str | Path | None", resume: "str | Path | None") -> Path:
-    "Where the state is kept; raises `CheckpointError` for a directory to resume from that is not there."
-    if resume is None: return Path(folder if folder is not None else os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint").expanduser()
-    path = Path(resume).expanduser()
-    if not path.is_dir(): raise CheckpointError(f"no checkpoint directory {path} to resume from", "check the path, or run without --resume to start from the beginning")
-    return path
-
-def _speed(progress: "Callable | None") -> Callable: # (tokens done, tokens in all)
-    "Progress with tokens per second of this run."
-    begun = []
-    def tell(done: int, total: int) -> None:
-        now = time.monotonic()
-        if not begun: begun.append((done, now))
-        tokens, seconds = done - begun[0][0], now - begun[0][1]
-        if progress: progress(done, total, f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else "")
-    return tell
 
 # %% ../nbs/18_analyze.ipynb #analyze-analyze-2
 def analyze(model: "str | Path | Checkpoint",           # directory or Hub id
@@ -122,11 +135,3 @@ def analyze(model: "str | Path | Checkpoint",           # directory or Hub id
     kept = {f.name: getattr(matrix, f.name) for f in fields(ImportanceMatrix)}
     return Analysis(**kept, output_path=path, model_path=checkpoint.path, num_layers=layers, coverage=coverage, super_weights=found, total_protected=protected,
                     duration_seconds=time.monotonic() - begun)
-
-def _collect(checkpoint: Checkpoint, ids: torch.Tensor, **options) -> ImportanceMatrix:
-    "`collect`, its surprises turned into errors of ours."
-    try: return collect(checkpoint, ids, **options)
-    except RuntimeError as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said: raise OutOfMemoryError(f"not enough memory: {said}", "use fewer things at once, or --device cpu") from error
-        raise ImportanceError(f"running the model failed: {said}", "run again with --verbosity debug and report the traceback") from error
