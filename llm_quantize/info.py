@@ -11,9 +11,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .architectures import architecture
 from .bitnet import plain_weights
 from .checkpoint import open_checkpoint
+from .errors import ConversionError
 from .gguf_model import open_gguf
 from .smoothing import Int8Checkpoint, is_int8_directory
 
@@ -44,13 +47,29 @@ class ModelInfo:
         return "| | |\n|---|---|\n" + "\n".join(f"| {key.replace('_', ' ')} | {value:,} |" if isinstance(value, int) else f"| {key.replace('_', ' ')} | {value} |"
                                                for key, value in shown.items())
 
+# %% ../nbs/44_info.ipynb #info-heads
+def _heads(count) -> int: # a number, or an array with one for each layer
+    "Heads of a layer; the most, where layers differ."
+    return int(np.max(count))
+
 def _from_metadata(metadata: dict, vocabulary: int) -> dict:
     "The facts that GGUF metadata holds under keys prefixed with the architecture's name."
     arch = metadata["general.architecture"]
     heads = metadata[f"{arch}.attention.head_count"]
-    return {"architecture": arch, "layers": int(metadata[f"{arch}.block_count"]), "hidden_size": int(metadata[f"{arch}.embedding_length"]), "heads": int(heads),
-            "kv_heads": int(metadata.get(f"{arch}.attention.head_count_kv", heads)), "context": int(metadata[f"{arch}.context_length"]), "vocabulary": vocabulary}
+    return {"architecture": arch, "layers": int(metadata[f"{arch}.block_count"]), "hidden_size": int(metadata[f"{arch}.embedding_length"]), "heads": _heads(heads),
+            "kv_heads": _heads(metadata.get(f"{arch}.attention.head_count_kv", heads)), "context": int(metadata[f"{arch}.context_length"]), "vocabulary": vocabulary}
 
+# %% ../nbs/44_info.ipynb #info-gguf-info
+def _gguf_info(path: Path) -> ModelInfo:
+    "A GGUF file or split set, from its headers; raises `ConversionError` for one that is no language model."
+    file = open_gguf(path)
+    try: facts = _from_metadata(file.metadata, file.tensors["token_embd.weight"][1][0])
+    except KeyError as missing: raise ConversionError(f"{path.name} is no language model: it has no {missing.args[0]}", "give the GGUF file of a language model") from None
+    weights = sum(math.prod(shape) for _, shape in file.tensors.values())
+    return ModelInfo(name=path.name, kind="gguf", parameters=weights, file_size=file.bytes, bpw=8 * file.bytes / weights,
+                     types=dict(Counter(type for type, _ in file.tensors.values()).most_common()), **facts)
+
+# %% ../nbs/44_info.ipynb #info-int8-info
 def _int8_info(path: Path) -> ModelInfo:
     "A directory with int8 weights, from its headers; the scales do not count as weights."
     found = Int8Checkpoint(path)
@@ -62,16 +81,12 @@ def _int8_info(path: Path) -> ModelInfo:
                      context=config["max_position_embeddings"], file_size=found.bytes, bpw=8 * found.bytes / weights,
                      types=dict(Counter(str(found.dtype(n)).removeprefix("torch.") for n in found.names).most_common()))
 
+# %% ../nbs/44_info.ipynb #info-info-2
 def info(model: "str | Path" # checkpoint directory, Hub id, GGUF file or int8 directory
         ) -> ModelInfo:
     "Describe a checkpoint, a GGUF file or an int8 directory from its headers; raises what opening it raises."
     path = Path(model).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        file = open_gguf(path)
-        weights = sum(math.prod(shape) for _, shape in file.tensors.values())
-        return ModelInfo(name=path.name, kind="gguf", parameters=weights, file_size=file.bytes, bpw=8 * file.bytes / weights,
-                         types=dict(Counter(type for type, _ in file.tensors.values()).most_common()),
-                         **_from_metadata(file.metadata, file.tensors["token_embd.weight"][1][0]))
+    if path.suffix == ".gguf" and not path.is_dir(): return _gguf_info(path)
     if is_int8_directory(path): return _int8_info(path)
     checkpoint = plain_weights(open_checkpoint(model))
     family = architecture(checkpoint.config)
