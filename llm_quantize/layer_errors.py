@@ -17,18 +17,18 @@ from .checkpoint import Checkpoint
 def weight_errors(model # from `decoded.open_quantized`
                  ) -> list[dict]: # layer_name, type, bit_width, weights, mse, max_error, relative_error of each
     "Error of each weight matrix against the original: mean square, largest, and mean square as a share of the weights' own."
+    return [row for row, _ in _weight_rows(model)]
+
+def _weight_rows(model) -> list: # (row of `weight_errors`, sum of the squares of the original's weights)
     rows = []
     for name, type, bits, original, decoded in model.pairs():
         error = original - decoded
         mse, energy = error.square().mean().item(), original.square().mean().item()
-        rows.append({"layer_name": name, "type": type, "bit_width": bits, "weights": original.numel(), "mse": mse, "max_error": error.abs().max().item(),
-                     "relative_error": mse / energy if energy else float(mse > 0)})
+        rows.append(({"layer_name": name, "type": type, "bit_width": bits, "weights": original.numel(), "mse": mse, "max_error": error.abs().max().item(),
+                      "relative_error": mse / energy if energy else float(mse > 0)}, energy * original.numel()))
     return rows
 
-# %% ../nbs/45_layer_errors.ipynb #layer_errors-half
-def _half(x: torch.Tensor, size: int) -> torch.Tensor: # (windows, size, columns) -> (windows, size / 2, columns); experts see tokens without order: all of them
-    return x[:, size // 2:] if x.dim() == 3 and x.shape[1] == size else x
-
+# %% ../nbs/45_layer_errors.ipynb #layer_errors-meter
 class _Meter:
     "Sums of squares of an error and of what it is an error of."
     def __init__(self): self.error = self.energy = 0.0
@@ -41,6 +41,11 @@ class _Meter:
     def ratio(self) -> "float | None": # None: saw nothing
         return self.error / self.energy if self.energy else None
 
+# %% ../nbs/45_layer_errors.ipynb #layer_errors-half
+def _half(x: torch.Tensor, size: int) -> torch.Tensor: # (windows, size, columns) -> (windows, size / 2, columns); experts see tokens without order: all of them
+    return x[:, size // 2:] if x.dim() == 3 and x.shape[1] == size else x
+
+# %% ../nbs/45_layer_errors.ipynb #layer_errors-first
 def _first(out): return out[0] if isinstance(out, tuple) else out
 
 def _listen(original, quantized, size: int, meters: dict) -> list: # hooks; meters: (block, path) -> _Meter, (block, "") for the whole
@@ -59,6 +64,7 @@ def _listen(original, quantized, size: int, meters: dict) -> list: # hooks; mete
             if isinstance(module, torch.nn.Linear): hooks.append(module.register_forward_hook(linear(other.get_submodule(path), meters.setdefault((i, path), _Meter()))))
     return hooks
 
+# %% ../nbs/45_layer_errors.ipynb #layer_errors-output-errors
 def output_errors(original,          # transformers causal language model
                   quantized,         # the same, quantized and decoded
                   ids: torch.Tensor  # (windows, size) int64
@@ -88,23 +94,26 @@ def _places(checkpoint: Checkpoint) -> dict: # GGUF or Hugging Face name -> key 
         return (int(found[1]), found[2]) if found else "output" if name.startswith("output.") or "lm_head" in source else "token_embd"
     return {name: place(name, source) for name, source in names.items()}
 
+# %% ../nbs/45_layer_errors.ipynb #layer_errors-block
 def _block(place, name: str) -> str: # "blk.3", "token_embd", "output"
     return f"blk.{place[0]}" if isinstance(place, tuple) else place or name
 
-def _by_block(rows: list, places: dict, outputs: dict) -> list:
+def _by_block(rows: list, energies: list, places: dict, outputs: dict) -> list: # `energies`: sum of squares of each row's weights
     "Tensors of a block together; what lies outside of the blocks stands alone."
     groups = {}
-    for row in rows: groups.setdefault(_block(places.get(row["layer_name"]), row["layer_name"]), []).append(row)
+    for row, energy in zip(rows, energies): groups.setdefault(_block(places.get(row["layer_name"]), row["layer_name"]), []).append((row, energy))
     blocks = []
-    for name, own in groups.items():
-        weights, energy = sum(r["weights"] for r in own), sum(r["weights"] * r["mse"] / r["relative_error"] for r in own if r["relative_error"])
+    for name, pairs in groups.items():
+        own = [row for row, _ in pairs]
+        weights, energy, error = sum(r["weights"] for r in own), sum(e for _, e in pairs), sum(r["weights"] * r["mse"] for r in own)
         key = (int(name[4:]), "") if name.startswith("blk.") else name
         blocks.append({"layer_name": name, "bit_width": sum(r["weights"] * r["bit_width"] for r in own) / weights, "types": sorted({r["type"] for r in own}),
-                       "relative_error": sum(r["weights"] * r["mse"] for r in own) / energy if energy else 0.0, "output_error": outputs.get(key)})
+                       "relative_error": error / energy if energy else float(error > 0), "output_error": outputs.get(key)})
     tied = next((b for b in blocks if b["layer_name"] == "token_embd"), None)
     if "output" not in groups and tied: blocks.append({**tied, "layer_name": "output", "output_error": outputs["output"]}) # the embedding is its weight
     return blocks
 
+# %% ../nbs/45_layer_errors.ipynb #layer_errors-layer-errors-2
 def layer_errors(checkpoint: Checkpoint,
                  model,              # from `decoded.open_quantized`
                  original,           # transformers causal language model
@@ -112,6 +121,6 @@ def layer_errors(checkpoint: Checkpoint,
                  ids: torch.Tensor   # (windows, size) int64; a few windows do
                 ) -> tuple:          # rows of the tensors, rows of the blocks
     "Errors of weights and of outputs, by tensor and by block."
-    rows, places, outputs = weight_errors(model), _places(checkpoint), output_errors(original, quantized, ids)
-    for row in rows: row["output_error"] = outputs.get(places.get(row["layer_name"]))
-    return tuple(rows), tuple(_by_block(rows, places, outputs))
+    found, places, outputs = _weight_rows(model), _places(checkpoint), output_errors(original, quantized, ids)
+    rows = [row | {"output_error": outputs.get(places.get(row["layer_name"]))} for row, _ in found]
+    return tuple(rows), tuple(_by_block(rows, [energy for _, energy in found], places, outputs))
