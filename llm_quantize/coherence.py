@@ -28,6 +28,7 @@ def bundled_prompts() -> list: # of str
     "The prompts that come with the package."
     return (files("llm_quantize") / "data" / "prompts" / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
+# %% ../nbs/41_coherence.ipynb #coherence-read-prompts
 def read_prompts(path: "str | Path | None" # .txt with one a line, .json or .jsonl; None: only the bundled ones
                 ) -> list:                 # of str
     "The bundled prompts, and those of a file; raises `CalibrationError` for a file without any."
@@ -39,13 +40,14 @@ def read_prompts(path: "str | Path | None" # .txt with one a line, .json or .jso
     return bundled_prompts() + own
 
 # %% ../nbs/41_coherence.ipynb #coherence-padded
-TOKENS, TEMPERATURE, SEED = 48, 0.8, 0
-
 def _padded(tokenizer, prompts: list) -> tuple: # (prompts, longest) token numbers with padding on the left, and a mask
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+# %% ../nbs/41_coherence.ipynb #coherence-continuations
+TOKENS, TEMPERATURE, SEED = 48, 0.8, 0
 
 def continuations(model,              # transformers causal language model
                   tokenizer,
@@ -79,9 +81,43 @@ def loop_share(tokens: list,      # of a continuation
             if run >= (times - 1) * p: inside[i - run - p + 1:i + 1] = [True] * (run + p)
     return sum(inside) / max(1, len(tokens))
 
-# %% ../nbs/41_coherence.ipynb #coherence-coherence-2
+# %% ../nbs/41_coherence.ipynb #coherence-scores
+def _scores(models: list, tokenizer, prompts: list, said: torch.Tensor):
+    "Token scores of both models on some continuations."
+    ids, mask = _padded(tokenizer, prompts)
+    ids, mask = torch.cat([ids, said], 1), torch.cat([mask, torch.ones_like(said)], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        states = [model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), position_ids=places.to(model.device), use_cache=False)
+                  .last_hidden_state[:, -said.shape[1] - 1:-1].flatten(0, 1) for model in models]
+        [scores] = score_states(models, states, said.flatten().to(models[0].device))
+    if not (scores.nll_original.isfinite().all() and scores.kld.isfinite().all()):
+        raise ValidationError("the quantized model answers with probabilities that are not numbers (NaN or infinite)", "one of its weights is damaged: make the file again")
+    return scores
+
+# %% ../nbs/41_coherence.ipynb #coherence-measured
+def _measured(models: list, tokenizer, prompts: list, sampled: bool, said: "torch.Tensor | None") -> tuple: # arrays (prompts,) by name, and the texts of both
+    "Both models' continuations in one way of speaking, and what each prompt says."
+    texts = [continuations(models[0], tokenizer, prompts, sampled) if said is None else said, continuations(models[1], tokenizer, prompts, sampled)]
+    own, other = (_scores(models, tokenizer, prompts, text) for text in texts)
+    mean = lambda values: values.double().view(len(prompts), -1).mean(1).numpy()
+    loops = [np.array([loop_share(t.tolist()) for t in text]) for text in texts]
+    return {"excess": mean(other.nll_original) - mean(own.nll_original), "kld": mean(own.kld), "same": mean(own.same_top), "loops_original": loops[0], "loops": loops[1]}, texts
+
+# %% ../nbs/41_coherence.ipynb #coherence-combine
 PARTS = ("likelihood", "closeness", "agreement", "fluency")
 
+def _combine(ways: list) -> dict: # dicts of arrays (prompts,) -> the four parts and the score
+    "The score of some prompts."
+    each = []
+    for way in ways:
+        m = {key: float(values.mean()) for key, values in way.items()}
+        free = 1 - m["loops_original"]
+        each.append((np.exp(-max(0.0, m["excess"])), np.exp(-m["kld"]), m["same"], min(1.0, (1 - m["loops"]) / free) if free > 0 else 1.0))
+    parts = dict(zip(PARTS, (float(np.mean(values)) for values in zip(*each))))
+    return parts | {"score": float(np.prod(list(parts.values())) ** 0.25)}
+
+# %% ../nbs/41_coherence.ipynb #coherence-coherence-2
 @dataclass(frozen=True)
 class Coherence:
     "Does the quantized model still speak?"
@@ -108,37 +144,7 @@ class Coherence:
         return (f"**Coherence {self.score:.3f} ± {self.score_se:.3f}** · " + " · ".join(f"{part} {getattr(self, part):.2f}" for part in PARTS)
                 + f"\n\n| prompt | continuation | score |\n|---|---|--:|\n{rows}")
 
-def _measured(models: list, tokenizer, prompts: list, sampled: bool, said: "torch.Tensor | None") -> tuple: # arrays (prompts,) by name, and the texts of both
-    "Both models' continuations in one way of speaking, and what each prompt says."
-    texts = [continuations(models[0], tokenizer, prompts, sampled) if said is None else said, continuations(models[1], tokenizer, prompts, sampled)]
-    own, other = (_scores(models, tokenizer, prompts, text) for text in texts)
-    mean = lambda values: values.double().view(len(prompts), -1).mean(1).numpy()
-    loops = [np.array([loop_share(t.tolist()) for t in text]) for text in texts]
-    return {"excess": mean(other.nll_original) - mean(own.nll_original), "kld": mean(own.kld), "same": mean(own.same_top), "loops_original": loops[0], "loops": loops[1]}, texts
-
-def _scores(models: list, tokenizer, prompts: list, said: torch.Tensor):
-    "Token scores of both models on some continuations."
-    ids, mask = _padded(tokenizer, prompts)
-    ids, mask = torch.cat([ids, said], 1), torch.cat([mask, torch.ones_like(said)], 1)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        states = [model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), position_ids=places.to(model.device), use_cache=False)
-                  .last_hidden_state[:, -said.shape[1] - 1:-1].flatten(0, 1) for model in models]
-        [scores] = score_states(models, states, said.flatten().to(models[0].device))
-    if not (scores.nll_original.isfinite().all() and scores.kld.isfinite().all()):
-        raise ValidationError("the quantized model answers with probabilities that are not numbers (NaN or infinite)", "one of its weights is damaged: make the file again")
-    return scores
-
-def _combine(ways: list) -> dict: # dicts of arrays (prompts,) -> the four parts and the score
-    "The score of some prompts."
-    each = []
-    for way in ways:
-        m = {key: float(values.mean()) for key, values in way.items()}
-        free = 1 - m["loops_original"]
-        each.append((np.exp(-max(0.0, m["excess"])), np.exp(-m["kld"]), m["same"], min(1.0, (1 - m["loops"]) / free) if free > 0 else 1.0))
-    parts = dict(zip(PARTS, (float(np.mean(values)) for values in zip(*each))))
-    return parts | {"score": float(np.prod(list(parts.values())) ** 0.25)}
-
+# %% ../nbs/41_coherence.ipynb #coherence-coherence-3
 def coherence(original,            # transformers causal language model
               quantized,           # the same, quantized and decoded
               tokenizer,
