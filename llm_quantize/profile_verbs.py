@@ -23,7 +23,7 @@ def target_of(bpw: Optional[float], size: Optional[str]):
     if bpw is None and size is None: return None
     from llm_quantize.profiles import make_target
     plain = size is not None and re.fullmatch(r"-?[0-9.]+", size.strip())
-    try: return make_target(bpw, None if size is None else 1e9 * float(size) if plain else parse_size(size))
+    try: return make_target(bpw, None if size is None else round(1e9 * float(size)) if plain else parse_size(size))
     except ValueError: raise ArgumentError(f"'{size}' is not a size", "write for example 3.0 (GB) or 500M") from None
 
 # %% ../nbs/49_profile_verbs.ipynb #profile_verbs-costs-beside
