@@ -7,6 +7,7 @@ __all__ = ['quantize_verb']
 
 # %% ../nbs/50_quantize_verb.ipynb #quantize_verb-import-logging
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -19,31 +20,27 @@ from .profile_verbs import costs_beside, planned, target_of
 
 # %% ../nbs/50_quantize_verb.ipynb #quantize_verb-show-written
 def _show_written(result) -> None:
+    "Where the file is and how large; a path is no markup, so brackets in it stay."
     console().print(f"{result.output_path}  {result.file_size / 1e6:,.2f} MB  {result.effective_bpw:.3f} bits per weight  "
-                    f"{100 * result.compression_ratio:.1f} % of the original", soft_wrap=True)
+                    f"{100 * result.compression_ratio:.1f} % of the original", soft_wrap=True, markup=False)
 
+# %% ../nbs/50_quantize_verb.ipynb #quantize_verb-show-types
+def _show_types(result) -> None:
+    from rich.table import Table
+    table = Table(box=None, pad_edge=False)
+    for name in ("type", "tensors", "weights", "bytes", "relative error"): table.add_column(name, justify="left" if name == "type" else "right")
+    for row in result.by_type():
+        table.add_row(row["type"], str(row["tensors"]), f"{row['weights']:,}", f"{row['bytes']:,}", f"{row['error']:.2e}")
+    console().print(table)
+
+# %% ../nbs/50_quantize_verb.ipynb #quantize_verb-show-quality
 def _show_quality(report: "dict | None") -> None:
     if not report: return
     m, score = report["metrics"], report["coherence_score"]
     console().print(f"perplexity {m['perplexity_delta_pct']:+.2f} % ± {m['perplexity_delta_pct_se']:.2f} %, KL divergence {m['kld_mean']:.5f} ± {m['kld_mean_se']:.5f}, "
                     f"same top token {100 * m['top1_agreement']:.1f} %{'' if score is None else f', coherence {score:.3f} of 1'}", soft_wrap=True)
 
-def _show_quantized(result) -> None:
-    from rich.table import Table
-    screen = console()
-    _show_written(result)
-    table = Table(box=None, pad_edge=False)
-    for name in ("type", "tensors", "weights", "bytes", "relative error"): table.add_column(name, justify="left" if name == "type" else "right")
-    for row in result.by_type():
-        table.add_row(row["type"], str(row["tensors"]), f"{row['weights']:,}", f"{row['bytes']:,}", f"{row['error']:.2e}")
-    screen.print(table)
-    if result.error_feedback:
-        found = result.error_feedback
-        screen.print(f"error feedback in {found['tensors']} tensors from {found['windows']} windows", soft_wrap=True)
-        if "kld_after_tuning" in found: screen.print(f"tuned: KL divergence {found['kld_before_tuning']:.4g} -> {found['kld_after_tuning']:.4g} on text kept apart", soft_wrap=True)
-    if result.protection: _show_protection(result.protection)
-    _show_quality(result.quality_report)
-
+# %% ../nbs/50_quantize_verb.ipynb #quantize_verb-show-protection
 def _show_protection(found: dict) -> None:
     from rich.table import Table
     screen = console()
@@ -58,13 +55,26 @@ def _show_protection(found: dict) -> None:
         table.add_row(f"{w['tensor']} {w['row']}, {w['column']}", *values, f"{w['relative_error']:.1e}", spike, "pinned" if w["pinned"] else "")
     screen.print(table)
 
+# %% ../nbs/50_quantize_verb.ipynb #quantize_verb-show-quantized
+def _show_quantized(result) -> None:
+    _show_written(result)
+    _show_types(result)
+    screen = console()
+    if result.error_feedback:
+        found = result.error_feedback
+        screen.print(f"error feedback in {found['tensors']} tensors from {found['windows']} windows", soft_wrap=True)
+        if "kld_after_tuning" in found: screen.print(f"tuned: KL divergence {found['kld_before_tuning']:.4g} -> {found['kld_after_tuning']:.4g} on text kept apart", soft_wrap=True)
+    if result.protection: _show_protection(result.protection)
+    _show_quality(result.quality_report)
+
 # %% ../nbs/50_quantize_verb.ipynb #quantize_verb-show-smoothed
 def _show_smoothed(result) -> None:
     screen = console()
     _show_written(result)
     head = ["pair", "folds", "alpha", "output error", "smoothed", "loudest input / median", "after", "loudest weight / median", "after"]
     uneven = ("inputs_before", "inputs_after", "weights_before", "weights_after")
-    print_rows([head] + [[r["pair"], str(r["folds"]), f"{r['alpha']:.2f}", f"{r['error_unsmoothed']:.1e}", f"{r['error']:.1e}", *(f"{r[k]:.1f}" for k in uneven)] for r in result.by_pair()])
+    strength = lambda alpha: "none" if math.isnan(alpha) else f"{alpha:.2f}"
+    print_rows([head] + [[r["pair"], str(r["folds"]), strength(r["alpha"]), f"{r['error_unsmoothed']:.1e}", f"{r['error']:.1e}", *(f"{r[k]:.1f}" for k in uneven)] for r in result.by_pair()])
     for label in result.unfit: screen.print(f"not smoothed: {label} cannot be folded in this model", soft_wrap=True)
     for p in result.not_helped[:5]: screen.print(f"not helped: {p['pair']} of layer {p['layer']} (error {p['error_unsmoothed']:.1e} -> {p['error']:.1e}): {p['suggestion']}", soft_wrap=True)
     if len(result.not_helped) > 5: screen.print(f"and {len(result.not_helped) - 5} more, named in smoothquant.json", soft_wrap=True)
@@ -81,20 +91,6 @@ def _show_plan(job) -> None:
     screen.print(f"{job.level}: {job.file_bytes:,} bytes, {8 * job.file_bytes / job.checkpoint.parameters:.3f} bits per weight"
                   f"{'; needs an importance matrix, which will be computed first' if job.lacks_imatrix else ''}")
 
-def _some(given: dict, names: str) -> dict:
-    return {name: given[name] for name in names.split()}
-
-def _dry_run(given: dict) -> None: # `given`: the options of the verb
-    from llm_quantize.gguf_plan import plan_gguf
-    from llm_quantize.quantize import load_importance
-    imatrix = load_importance(given["imatrix"])
-    if given["protect_super_weights"]: logging.getLogger("llm_quantize").info("the plan as it is before super weights are protected, which exchanges types at the same size")
-    if given["quant_level"].lower() == "dynamic":
-        job = planned(given["model"], given["profile"], target=target_of(given["target_bpw"], given["target_size"]), imatrix=imatrix, sensitivity=costs_beside(given["imatrix"]),
-                      **_some(given, "effort calibration_data calibration_samples pre"))
-    else: job = plan_gguf(given["model"], given["quant_level"], imatrix=imatrix, **_some(given, "pre force"))
-    output.show(job, _show_plan)
-
 # %% ../nbs/50_quantize_verb.ipynb #quantize_verb-check-together
 _ONLY_GGUF = ("imatrix", "profile", "target_bpw", "target_size", "protect_super_weights", "force", "pre", "dry_run")
 _ONLY_SMOOTHQUANT = ("smoothquant", "static_activations")
@@ -104,9 +100,13 @@ def _check_together(given: dict) -> None: # the options of the verb
     smooth, written = given["format"] == "smoothquant", lambda key: "--" + key.replace("_", "-")
     if given["alpha"] is not None and not given["smoothquant"]:
         raise ArgumentError("--alpha is the strength of SmoothQuant, which was not asked for", "add --smoothquant, with the format smoothquant")
-    stray = next((key for key in (_ONLY_GGUF if smooth else _ONLY_SMOOTHQUANT) if given[key]), None)
+    stray = next((key for key in (_ONLY_GGUF if smooth else _ONLY_SMOOTHQUANT) if given[key] is not None and given[key] is not False), None)
     if stray and smooth: raise ArgumentError(f"{written(stray)} is for the format gguf", f"leave out {written(stray)}")
     if stray: raise ArgumentError(f"{written(stray)} does not go with the format {given['format']}", "write: quantize MODEL smoothquant --smoothquant")
+
+# %% ../nbs/50_quantize_verb.ipynb #quantize_verb-some
+def _some(given: dict, names: str) -> dict:
+    return {name: given[name] for name in names.split()}
 
 def _library_options(given: dict) -> dict:
     "The options of the verb as `llm_quantize.quantize.quantize` has them."
@@ -116,6 +116,20 @@ def _library_options(given: dict) -> dict:
     if given["format"] == "smoothquant": return options | {"alpha": given["alpha"] or 0.5, "static_activations": given["static_activations"]}
     return options | _some(given, "imatrix search profile effort protect_super_weights protection_coverage force pre") | {
         "target": target_of(given["target_bpw"], given["target_size"]), "sensitivity": costs_beside(given["imatrix"])}
+
+# %% ../nbs/50_quantize_verb.ipynb #quantize_verb-dry-run
+def _dry_run(given: dict) -> None: # `given`: the options of the verb
+    from llm_quantize.gguf_plan import plan_gguf
+    from llm_quantize.quantize import _check_options, load_importance
+    target = target_of(given["target_bpw"], given["target_size"])
+    _check_options(*(given[name] for name in "format quant_level search effort calibration_samples error_feedback resume profile".split()), target)
+    imatrix = load_importance(given["imatrix"])
+    if given["protect_super_weights"]: logging.getLogger("llm_quantize").info("the plan as it is before super weights are protected, which exchanges types at the same size")
+    if given["quant_level"].lower() == "dynamic":
+        job = planned(given["model"], given["profile"], target=target, imatrix=imatrix, sensitivity=costs_beside(given["imatrix"]),
+                      **_some(given, "effort calibration_data calibration_samples pre"))
+    else: job = plan_gguf(given["model"], given["quant_level"], imatrix=imatrix, **_some(given, "pre force"))
+    output.show(job, _show_plan)
 
 # %% ../nbs/50_quantize_verb.ipynb #quantize_verb-model-annotated-str-typer-ar
 _MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")]

@@ -70,6 +70,28 @@ def test_dry_run_tells_the_exact_size_and_writes_nothing(capsys, model, tmp_path
     assert (tmp_path / "sample-4m-Q3_K_M.gguf").stat().st_size == told
 
 
+@pytest.mark.parametrize("arguments", [("ggml",), ("awq",), ("gguf", "--profile", "balanced"), ("gguf", "--target-bpw", "4"), ("gguf", "--error-feedback", "--search", "reference"),
+                                       ("gguf", "--resume", "nowhere"), ("gguf", "--effort", "much")], ids=" ".join)
+def test_a_dry_run_refuses_what_the_run_refuses(capsys, model, tmp_path, arguments):
+    meant = run(capsys, "quantize", model, *arguments, "-o", tmp_path)
+    assert meant[0] != 0 and run(capsys, "quantize", model, *arguments, "-o", tmp_path, "--dry-run") == meant
+
+
+def test_a_path_keeps_its_brackets(capsys, model, tmp_path):
+    code, out, _ = run(capsys, "quantize", model, "gguf", "-q", "q4_0", "-o", tmp_path / "models[v2]")
+    assert code == 0 and out.startswith(str(tmp_path / "models[v2]" / "sample-4m-Q4_0.gguf"))
+
+
+def test_a_target_of_zero_is_not_a_target_left_out(capsys, model):
+    code, _, err = run(capsys, "quantize", model, "smoothquant", "--target-bpw", "0")
+    assert code == 2 and "--target-bpw is for the format gguf" in err
+
+
+def test_without_smoothing_there_is_no_strength_to_show(capsys, model, tmp_path):
+    code, out, _ = run(capsys, "quantize", model, "smoothquant", "--smoothquant", "--alpha", "none", "--calibration-samples", "1", "--no-checkpoints", "-o", tmp_path)
+    assert code == 0 and "none" in out and "nan" not in out
+
+
 BAD_INPUT = {
     # case: (damage, arguments after `quantize MODEL`, exit code, words of the message)
     "missing weights": (lambda m: (m / "model.safetensors").unlink(), ["gguf"], 3, "no .safetensors"),
