@@ -6,15 +6,18 @@
 __all__ = ['Input', 'layer_inputs', 'Listener', 'quiet_transformers', 'Layer', 'available_memory', 'LayerStack', 'Place',
            'Waiting', 'run_windows', 'run_backward']
 
-# %% ../nbs/14_activations.ipynb #activations-import-os
+# %% ../nbs/14_activations.ipynb #activations-import-logging
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .architectures import GGUFTensor, architecture
@@ -378,45 +381,78 @@ class LayerStack:
         return logits
 
 # %% ../nbs/14_activations.ipynb #activations-place
+_log = logging.getLogger("llm_quantize")
+
 class Place(NamedTuple):
     "How far a run has come: the next layer and the next window. Window by window, the layer stays 0."
     layer: int = 0
     window: int = 0
 
 class Waiting:
-    "Hidden states between two layers, in memory."
-    def __init__(self): self._kept = {}
+    "Hidden states between two layers: in memory, and in files of a temporary directory what is beyond a bound."
+    def __init__(self,
+                 room: "float | None" = None,          # bytes in memory; default: a quarter of what is free
+                 folder: "str | Path | None" = None):  # where the directory is made; default: where the system has its own
+        self.room, self.folder = available_memory() / 4 if room is None else room, folder
+        self._kept, self._spilled, self._files, self.held = {}, set(), None, 0
+
+    def __contains__(self, window: int) -> bool: return window in self._kept or window in self._spilled
+
+    def _path(self, window: int) -> Path: return Path(self._files.name) / f"{window}.npy"
 
     def read(self, layer: int, window: int) -> torch.Tensor:
         "The input of a layer for the windows from here on: (windows, size, hidden)."
-        return self._kept.pop(window)
+        if window in self._kept:
+            hidden = self._kept.pop(window)
+            self.held -= hidden.nbytes
+            return hidden
+        hidden = torch.from_numpy(np.load(self._path(window)))
+        self._path(window).unlink()
+        self._spilled.remove(window)
+        return hidden
 
     def write(self, layer: int, window: int, hidden: torch.Tensor) -> None:
         "Keep the input of a layer."
-        self._kept[window] = hidden.cpu()
+        hidden = hidden.cpu()
+        if self.held + hidden.nbytes > self.room and self._spill(window, hidden): return
+        self._kept[window] = hidden
+        self.held += hidden.nbytes
 
+    def _spill(self, window: int, hidden: torch.Tensor) -> bool:
+        try:
+            if self._files is None: self._files = TemporaryDirectory(prefix="hidden-", dir=self.folder)
+            np.save(self._path(window), hidden.numpy())
+        except OSError as error:
+            _log.warning("cannot keep hidden states in a file (%s): they stay in memory", error.strerror or error)
+            self.room = float("inf")
+            return False
+        self._spilled.add(window)
+        return True
+
+# %% ../nbs/14_activations.ipynb #activations-run-windows
 def run_windows(stack: LayerStack,
                 ids: torch.Tensor,                 # (windows, size) int64
                 listener: Listener,                # is told what every linear layer sees
                 *, batch: int = 1,                 # windows at a time
                 start: Place = Place(),            # where to go on
-                waiting: Waiting | None = None,    # keeps hidden states when going layer by layer; default: in memory
-                step: Callable[[Place], None] | None = None # told the next place after each batch
+                waiting: Waiting | None = None,    # keeps hidden states when going layer by layer; default: `Waiting()`
+                step: Callable[[Place], None] | None = None, # told the next place after each batch
+                stop: int | None = None            # layers from here on are left out; going layer by layer, `waiting` then has the input of the first of them
                ) -> None:
     "Run all windows through all layers."
-    way = _by_window if stack.keep else _by_layer
-    with torch.inference_mode(): way(stack, ids, listener, batch, start, waiting or Waiting(), step or (lambda place: None))
+    way, stop = _by_window if stack.keep else _by_layer, len(stack) if stop is None else stop
+    with torch.inference_mode(): way(stack, ids, listener, batch, start, waiting or Waiting(), step or (lambda place: None), stop)
 
-def _by_window(stack, ids, listener, batch, start, waiting, step) -> None:
+def _by_window(stack, ids, listener, batch, start, waiting, step, stop) -> None:
     embed = stack.embedding(ids)
     for first in range(start.window, len(ids), batch):
         hidden = embed(ids[first:first + batch])
-        for i in range(len(stack)): hidden = stack[i](hidden, listener)
+        for i in range(stop): hidden = stack[i](hidden, listener)
         step(Place(0, min(first + batch, len(ids))))
 
-def _by_layer(stack, ids, listener, batch, start, waiting, step) -> None:
+def _by_layer(stack, ids, listener, batch, start, waiting, step, stop) -> None:
     embed = stack.embedding(ids) if start.layer == 0 else None
-    for i in range(start.layer, len(stack)):
+    for i in range(start.layer, stop):
         layer = stack[i]
         for first in range(start.window if i == start.layer else 0, len(ids), batch):
             hidden = embed(ids[first:first + batch]) if i == 0 else waiting.read(i, first).to(stack.device)

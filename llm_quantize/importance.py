@@ -55,7 +55,7 @@ class GradientSums(_Sums):
         self.sums[name][expert] += g.float().square().sum(-1) @ x.square()
         self.counts[name][expert] += len(x)
 
-# %% ../nbs/16_importance.ipynb #importance-labels
+# %% ../nbs/16_importance.ipynb #importance-loss-labels
 def loss_labels(method: str, seed: int) -> Callable: # (first window, (places, vocabulary) log-probabilities, (places,) next tokens) -> (places,)
     "Whose next tokens the loss is about: the text's, or the model's own."
     def drawn(window: int, scores: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
@@ -186,7 +186,7 @@ class WaitingOnDisk(Waiting):
     def _offset(self, window: int) -> int: return 4 * window * self.shape[1] * self.shape[2]
 
     def read(self, layer: int, window: int) -> torch.Tensor:
-        if window in self._kept: return super().read(layer, window)
+        if window in self: return super().read(layer, window)
         windows = min(self.batch, self.shape[0] - window)
         with open(self._path(layer), "rb") as file:
             file.seek(self._offset(window))
@@ -204,7 +204,7 @@ class WaitingOnDisk(Waiting):
             except OSError as error:
                 self._full = True
                 self.failed(error)
-        self._kept[window] = hidden.cpu()
+        super().write(layer, window, hidden)
 
     def holds(self, layer: int) -> bool:
         "Is the whole input of a layer there?"

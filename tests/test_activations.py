@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_quantize.activations import LayerStack, Listener, Place, available_memory, layer_inputs, run_backward, run_windows
+from llm_quantize.activations import LayerStack, Listener, Place, Waiting, available_memory, layer_inputs, run_backward, run_windows
 from llm_quantize.architectures import architecture
 from llm_quantize.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError, OutOfMemoryError
@@ -170,6 +170,30 @@ def test_start_and_step_cover_every_window_once(keep, made):
     run_windows(LayerStack(checkpoint, device="cpu", keep=True), ids[:2], parts, batch=2)
     run_windows(LayerStack(checkpoint, device="cpu", keep=True), ids, parts, batch=2, start=Place(0, 2))
     assert same(whole, parts)
+
+
+@pytest.mark.parametrize("room", [0, 1.5 * 2 * 40 * 64 * 4, None], ids=["all in files", "some in files", "all in memory"])
+def test_layers_in_two_stretches_and_hidden_states_in_files(room, made, tmp_path):
+    _, checkpoint = made("qwen3")
+    ids, whole, parts, waiting, files = tokens(6), Sums(), Sums(), Waiting(room, tmp_path), []
+    stack = LayerStack(checkpoint, device="cpu", keep=False)
+    run_windows(stack, ids, whole, batch=2)
+    run_windows(stack, ids, parts, batch=2, waiting=waiting, stop=1, step=lambda _: files.append(len(list(tmp_path.glob("*/*")))))
+    only_first = {name.split(".")[1] for name, _ in parts.sums}
+    run_windows(stack, ids, parts, batch=2, waiting=waiting, start=Place(1, 0))
+    assert only_first == {"0"} and same(whole, parts)
+    hidden = 2 * 40 * stack.config.hidden_size * 4
+    assert max(files) == (0 if room is None else 3 - int(room // hidden)) and waiting.held == 0 and not list(tmp_path.glob("*/*"))
+    del waiting
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_stay_in_memory_where_no_file_can_be_made(made, tmp_path, caplog):
+    _, checkpoint = made("qwen3")
+    ids, whole, parts = tokens(4), Sums(), Sums()
+    run_windows(LayerStack(checkpoint, device="cpu", keep=True), ids, whole)
+    run_windows(LayerStack(checkpoint, device="cpu", keep=False), ids, parts, waiting=Waiting(0, tmp_path / "missing"))
+    assert same(whole, parts) and len([r for r in caplog.records if "stay in memory" in r.message]) == 1
 
 
 def test_gradients_are_autograds(made):
