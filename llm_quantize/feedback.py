@@ -29,10 +29,12 @@ def damped(hessian: torch.Tensor, # (..., columns, columns)
     diagonal.copy_(torch.where(diagonal <= 0, mean, diagonal) + damping * mean)
     return h
 
+# %% ../nbs/25_feedback.ipynb #feedback-inverse-factor
 def inverse_factor(h: torch.Tensor) -> torch.Tensor: # damped, (stack, columns, columns) -> upper triangular U with inverse(h) = U^T U
     "All the moves of error feedback, from two Cholesky factorizations."
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
 
+# %% ../nbs/25_feedback.ipynb #feedback-through
 def _through(matrix, v): # (stack, k, n), (n, stack * rows) -> (k, stack * rows)
     "Each member of the stack times its own matrix."
     stack = len(matrix)
@@ -53,6 +55,7 @@ def _magnitudes(a, grid, count): # (8, N), in steps -> (8, candidates, N)
     shape = (grid.dim, count, count, a.shape[1])
     return torch.cat([first.unsqueeze(2).expand(shape), second.unsqueeze(1).expand(shape)]).flatten(1, 2)
 
+# %% ../nbs/25_feedback.ipynb #feedback-metric-times
 def _metric_times(metric, error): # (stack, 8, 8), (8, candidates, stack * rows)
     stack = len(metric)
     v = error.unflatten(-1, (stack, -1)).permute(2, 0, 1, 3).flatten(2)
@@ -253,6 +256,7 @@ def super_patterns(encoder: Encoder, fields: Fields, codes: torch.Tensor) -> dic
     def only(key): return {k: (torch.ones_like(v) if k == key else torch.zeros_like(v)) if k in _SUPER else v for k, v in fields.items()}
     return {key: encoder.weights(only(key), codes).flatten(-3, -2) for key in _SUPER if key in fields}
 
+# %% ../nbs/25_feedback.ipynb #feedback-normal-equations
 def _normal_equations(patterns, x, hessian): # patterns: (first column, (block size, N)) each
     "Left side (N, n, n) and right side (N, n) of the fit, and w H w (N,)."
     wanted, n = _through(hessian, x), len(patterns)

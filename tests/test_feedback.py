@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llm_quantize import feedback
 from llm_quantize.blocks import ENCODERS
 from llm_quantize.codec import dequantize, quantize
 from llm_quantize.errors import ArgumentError
@@ -38,6 +39,27 @@ def test_gguf_reads_the_same_weights(name):
     data = feedback_encode(weights, moment, name)
     read = gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[name])
     assert np.array_equal(read, dequantize(data, name).numpy())
+
+
+@pytest.mark.parametrize("name", [n for n in ENCODERS if ENCODERS[n].groups * ENCODERS[n].elements == 256])
+def test_no_reading_raises_the_cost(name):
+    weights, moment = problem(rows=24)
+    job = feedback._Pass(ENCODERS[name], damped(moment, 0.01)[None], (moment.diagonal() / moment.diagonal().mean()).view(-1, 1, 1), 8, 1, 4)
+    found, costs, flat = job.run(weights.T.contiguous()), [], weights.T.contiguous()
+    descent = feedback._Descent(job, flat)
+    for _ in range(4):
+        d = torch.cat([job.encoder.weights(*block).flatten(0, 1) for block in found]).double() - flat
+        costs.append((d * (job.hessian[0] @ d)).sum(0)) # of each row
+        found = descent.read(found)
+    assert all((after <= before * 1.0001).all() for before, after in zip(costs, costs[1:])) and costs[3].sum() < 0.99 * costs[0].sum()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ1_M"])
+def test_readings_are_read_by_gguf_and_repeat(name):
+    weights, moment = problem(rows=8)
+    data = feedback_encode(weights, moment, name, readings=2)
+    assert np.array_equal(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[name]), dequantize(data, name).numpy())
+    assert torch.equal(data, feedback_encode(weights, moment, name, readings=2)) and not torch.equal(data, feedback_encode(weights, moment, name))
 
 
 @pytest.mark.parametrize("name", ["Q3_K", "IQ2_XXS", "IQ3_S", "IQ1_S"])
