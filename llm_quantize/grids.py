@@ -105,12 +105,14 @@ def _point_sums(packed, w, wx, grid):
         if grid.shift: extra = wg if extra is None else extra + wg
     return p, q, extra
 
+# %% ../nbs/06_grids.ipynb #grids-key
 def _key(error, unit, number, numbers):
     "The error in units, as a whole number, and the number of the point as its last digit: below 2 ** 24, so float32 holds it."
     return (error * unit).floor().clamp(0, 2 ** 24 / numbers - 1) * numbers + number
 
 def _last_digit(key, numbers): return (key - (key * (1 / numbers)).floor() * numbers).int()
 
+# %% ../nbs/06_grids.ipynb #grids-look-up
 def _look_up(table, index): return torch.ops.aten._unsafe_index.Tensor(table, [index]) # no check of bounds: cells are in range by their making
 
 @stage
@@ -136,6 +138,7 @@ def lay(x: torch.Tensor,       # (..., elements, blocks)
     packed, p, q, _ = job.best(sums[0])
     return packed, None, p.sum(-2), q.sum(-2)
 
+# %% ../nbs/06_grids.ipynb #grids-laying
 @dataclass
 class _Laying:
     "What the three kinds of grids share while a group is laid."
@@ -194,6 +197,7 @@ class _Laying:
         p, q = moved(p, q, sg, sx, sw, d)
         return packed, d, p.sum(-2), q.sum(-2)
 
+# %% ../nbs/06_grids.ipynb #grids-codes
 @stage
 def _codes(x, w, packed, extra, grid):
     "Packed points as values with sign and shift, (..., elements, blocks)."
@@ -219,6 +223,7 @@ def _fitted(p, q): # (..., starts, blocks)
     step = ratio(p, q)
     return pick(-step * p, step.clamp(min=0.0), q)[1:]
 
+# %% ../nbs/06_grids.ipynb #grids-moved
 @stage
 def _moved(d, scales, change, limits):
     low, high, distance = limits
@@ -226,6 +231,7 @@ def _moved(d, scales, change, limits):
     step = d.unsqueeze(-2) * scales
     return scales, step, inverse(step)
 
+# %% ../nbs/06_grids.ipynb #grids-settled
 @stage
 def _settled(scales, step, p, q): # (..., groups, moves, blocks)
     "Of the moves the best for each group; the error of the block, and the super-scale that fits the sums best."
@@ -236,6 +242,7 @@ def _settled(scales, step, p, q): # (..., groups, moves, blocks)
 def _better(error, d, scales, old_error, old_d, old_scales):
     return keep(error < old_error, (error, d, scales), (old_error, old_d, old_scales))
 
+# %% ../nbs/06_grids.ipynb #grids-grid-search
 def grid_search(x: torch.Tensor, w: torch.Tensor, # (..., groups, elements, blocks)
                 grid: Grid,                       # with as many points as the moves try
                 few: int,                         # points that the starts try
