@@ -40,6 +40,7 @@ def _text(checkpoint: Checkpoint, data: "str | Path | None", samples: int) -> to
     documents = [bundled_text("calibration")] if data is None else read_text(data, tokenizer)
     return windows(tokenizer, documents, size=SIZE, limit=samples, name="the calibration text" if data is None else Path(data).name)
 
+# %% ../nbs/19_cached_imatrix.ipynb #cached_imatrix-file-name
 def _file_name(checkpoint: Checkpoint, about: dict) -> str: # of `identity`
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', checkpoint.name)[:80] or 'model'}-{key}.imatrix"
@@ -69,6 +70,7 @@ def _alone(path: Path) -> Iterator[None]: # the lock's file
         except OSError: pass
         yield
 
+# %% ../nbs/19_cached_imatrix.ipynb #cached_imatrix-compute
 def _compute(checkpoint: Checkpoint, path: Path, **options) -> ImportanceMatrix:
     "Analyze the model into that file, going on from a state that was left; a state that does not fit is left aside."
     state = path.with_suffix(".state")
@@ -78,6 +80,7 @@ def _compute(checkpoint: Checkpoint, path: Path, **options) -> ImportanceMatrix:
         analyze(checkpoint, output=path, checkpoint_dir=state, **options)
     return ImportanceMatrix.load(path) # as later runs will read it: the file has fewer digits than the sums had
 
+# %% ../nbs/19_cached_imatrix.ipynb #cached_imatrix-cached-imatrix-2
 def cached_imatrix(model: "str | Path | Checkpoint",              # directory, Hub id or opened checkpoint
                    *, calibration_data: "str | Path | None" = None, # text; default: the bundled one
                    calibration_samples: int = 256,                # windows of 512 tokens, at most
