@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .allocation import fitting
 from .architectures import GGUFTensor, architecture
 from .bitnet import BitNetCheckpoint, plain_weights
 from .cached_imatrix import cached_imatrix
@@ -24,9 +25,41 @@ from .recipes import ModelFacts, Plan, facts_from_metadata, find_mix, plan_mix
 from .ternary_plan import candidates, find_ternary, plan_ternary
 from .tokenizers import tokenizer_metadata
 
-# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-ggufjob
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-harmless
 _log = logging.getLogger("llm_quantize")
 
+_OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+
+def _harmless(name: str, tokens) -> str:
+    "llama.cpp looks these tokens up in every model that says phi-3 in its name, and cannot open one without them: then the name is spelled otherwise."
+    return name if set(tokens).issuperset(_OF_PHI3) else re.sub("(?i)phi-?3", "phi 3", name)
+
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-facts
+def _facts(model: "str | Path | Checkpoint", pre: str | None) -> tuple: # checkpoint, {GGUF name: GGUFTensor}, metadata with its file type still 0
+    "What is the same whatever the types."
+    checkpoint = plain_weights(open_checkpoint(model))
+    family = architecture(checkpoint.config)
+    specs = {s.name: s for s in family.tensors(checkpoint)}
+    metadata = family.metadata(checkpoint.config, checkpoint.name)
+    vocabulary = tokenizer_metadata(checkpoint.path, {**checkpoint.config, "vocab_size": family.vocabulary(checkpoint.config)}, pre=pre)
+    metadata |= {"general.file_type": 0, "general.quantization_version": 2} | vocabulary
+    metadata["general.name"] = _harmless(metadata["general.name"], metadata.get("tokenizer.ggml.tokens", ()))
+    return checkpoint, specs, metadata
+
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-types
+_TERNARY = {"TERNARY": "TQ2_0", "TQ2_0": "TQ2_0", "TQ1_0": "TQ1_0"} # level -> type of what is ternary
+
+def _types(checkpoint: Checkpoint, level: str, specs: list, facts: ModelFacts, has_imatrix: bool, force: bool, progress: Callable | None) -> Plan:
+    "The plan of a mix: with the importance matrix that it needs, and for a ternary one after a look at the weights."
+    level = str(level).upper()
+    plan_it = lambda known: plan_mix(level, [(s.name, s.shape) for s in specs], facts, has_imatrix=known)
+    plan = plan_it(has_imatrix)
+    if plan.needs_imatrix and not has_imatrix: plan = plan_it(True)
+    if level not in _TERNARY: return plan
+    found = find_ternary(checkpoint, candidates(plan, specs), progress)
+    return replace(plan_ternary(plan, _TERNARY[level], found, force), mix=level)
+
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-ggufjob
 @dataclass(frozen=True)
 class GGUFJob:
     "All that is known before the first weight is read: what to write, in which types, with which metadata."
@@ -55,24 +88,7 @@ class GGUFJob:
                 "effective_bpw": 8 * self.file_bytes / self.checkpoint.parameters, "lacks_imatrix": self.lacks_imatrix,
                 "profile": self.profile, "allocation": self.allocation} | self.plan.to_dict()
 
-_OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
-
-def _harmless(name: str, tokens) -> str:
-    "llama.cpp looks these tokens up in every model that says phi-3 in its name, and cannot open one without them: then the name is spelled otherwise."
-    return name if set(tokens).issuperset(_OF_PHI3) else re.sub("(?i)phi-?3", "phi 3", name)
-
-_TERNARY = {"TERNARY": "TQ2_0", "TQ2_0": "TQ2_0", "TQ1_0": "TQ1_0"} # level -> type of what is ternary
-
-def _types(checkpoint: Checkpoint, level: str, specs: list, facts: ModelFacts, has_imatrix: bool, force: bool, progress: Callable | None) -> Plan:
-    "The plan of a mix: with the importance matrix that it needs, and for a ternary one after a look at the weights."
-    level = str(level).upper()
-    plan_it = lambda known: plan_mix(level, [(s.name, s.shape) for s in specs], facts, has_imatrix=known)
-    plan = plan_it(has_imatrix)
-    if plan.needs_imatrix and not has_imatrix: plan = plan_it(True)
-    if level not in _TERNARY: return plan
-    found = find_ternary(checkpoint, candidates(plan, specs), progress)
-    return replace(plan_ternary(plan, _TERNARY[level], found, force), mix=level)
-
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-plan-gguf
 def plan_gguf(model: "str | Path | Checkpoint",           # directory, Hub id or opened checkpoint
               quant_level: str,                           # name of a type or mix: "Q4_K_M"; any case
               *, imatrix: ImportanceMatrix | None = None, # importance matrix: some mixes depend on its presence
@@ -87,31 +103,21 @@ def plan_gguf(model: "str | Path | Checkpoint",           # directory, Hub id or
     metadata["general.file_type"] = plan.ftype
     return GGUFJob(checkpoint, plan.mix, tuple(specs[t.name] for t in plan.tensors), plan, metadata, bool(plan.needs_imatrix) and imatrix is None)
 
-def _facts(model: "str | Path | Checkpoint", pre: str | None) -> tuple: # checkpoint, {GGUF name: GGUFTensor}, metadata with its file type still 0
-    "What is the same whatever the types."
-    checkpoint = plain_weights(open_checkpoint(model))
-    family = architecture(checkpoint.config)
-    specs = {s.name: s for s in family.tensors(checkpoint)}
-    metadata = family.metadata(checkpoint.config, checkpoint.name)
-    vocabulary = tokenizer_metadata(checkpoint.path, {**checkpoint.config, "vocab_size": family.vocabulary(checkpoint.config)}, pre=pre)
-    metadata |= {"general.file_type": 0, "general.quantization_version": 2} | vocabulary
-    metadata["general.name"] = _harmless(metadata["general.name"], metadata.get("tokenizer.ggml.tokens", ()))
-    return checkpoint, specs, metadata
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-copied
+_HEAD = "Q6_K" # as most mixes have it
 
-# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-dynamic-imatrix
-def _dynamic_imatrix(checkpoint: Checkpoint, imatrix: ImportanceMatrix | None, data, samples: int, device: str | None, progress: Callable | None) -> ImportanceMatrix:
-    "The importance matrix of a dynamic run, computed if none was given."
-    if imatrix is not None: return imatrix
-    if isinstance(checkpoint, BitNetCheckpoint): raise ConversionError("dynamic quantization runs the model, and a BitNet checkpoint is not run here", "use -q TERNARY, which loses nothing")
-    _log.info("dynamic quantization needs an importance matrix, and none was given")
-    tell = (lambda done, total, speed="": progress(done, total, f"importance matrix {speed}".rstrip())) if progress else None
-    return cached_imatrix(checkpoint, calibration_data=data, calibration_samples=samples, device=device, progress=tell)
+def _copied(specs: list) -> dict: # of GGUFTensors; GGUF name -> type
+    "Output matrices that are a copy of the embedding: no measurement is about them, so their type is not chosen."
+    return {s.name: fitting(_HEAD, s.shape[-1]) for s in specs if s.way == "tied"}
 
-def _fixed_bytes(metadata: dict, tensors: list) -> int:
-    "The part of the file that no choice of types changes: metadata, table of tensors, norms."
-    start = make_plan({name: "Q8_0" for name, _ in tensors}, tensors)
-    return gguf_bytes(metadata, [(t.name, t.shape, t.type) for t in start]) - sum(-(-t.bytes // 32) * 32 for t in start if t.type != "F32")
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-fixed-bytes
+def _fixed_bytes(metadata: dict, tensors: list, copied: dict) -> int: # (GGUF name, shape) of each; name -> type, from `_copied`
+    "The part of the file that no choice of types changes: metadata, table of tensors, norms, copies."
+    start = make_plan({name: "Q8_0" for name, _ in tensors} | copied, tensors)
+    free = sum(-(-t.bytes // 32) * 32 for t in start if t.type != "F32" and t.name not in copied)
+    return gguf_bytes(metadata, [(t.name, t.shape, t.type) for t in start]) - free
 
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-validate-profile
 def validate_profile(profile: "str | Path | Profile", # name or file
                      model: "str | Path | Checkpoint", # directory, Hub id or opened checkpoint
                      pre: str | None = None            # name of the pre-tokenizer, where it cannot be recognised
@@ -122,9 +128,19 @@ def validate_profile(profile: "str | Path | Profile", # name or file
     tensors = [(s.name, tuple(s.shape)) for s in specs.values()]
     fit = check_fit(found, checkpoint.name, metadata["general.architecture"], tensors)
     if fit.plan is not None: return replace(fit, file_size=gguf_bytes(metadata, [(t.name, t.shape, t.type) for t in fit.plan]))
-    try: return replace(fit, file_size=choose_types(found, unmeasured(list(specs.values())), _fixed_bytes(metadata, tensors), checkpoint.parameters).bytes)
+    try: return replace(fit, file_size=choose_types(found, unmeasured(list(specs.values())), _fixed_bytes(metadata, tensors, _copied(specs.values())), checkpoint.parameters).bytes)
     except ArgumentError as error: return replace(fit, fits=False, problems=(*fit.problems, f"{error.message}; {error.suggestion}"))
 
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-dynamic-imatrix
+def _dynamic_imatrix(checkpoint: Checkpoint, imatrix: ImportanceMatrix | None, data, samples: int, device: str | None, progress: Callable | None) -> ImportanceMatrix:
+    "The importance matrix of a dynamic run, computed if none was given."
+    if imatrix is not None: return imatrix
+    if isinstance(checkpoint, BitNetCheckpoint): raise ConversionError("dynamic quantization runs the model, and a BitNet checkpoint is not run here", "use -q TERNARY, which loses nothing")
+    _log.info("dynamic quantization needs an importance matrix, and none was given")
+    tell = (lambda done, total, speed="": progress(done, total, f"importance matrix {speed}".rstrip())) if progress else None
+    return cached_imatrix(checkpoint, calibration_data=data, calibration_samples=samples, device=device, progress=tell)
+
+# %% ../nbs/34_gguf_plan.ipynb #gguf_plan-plan-dynamic
 def plan_dynamic(model: "str | Path | Checkpoint",              # directory, Hub id or opened checkpoint
                  profile: "str | Path | Profile | None" = None, # name or file; default: balanced
                  *, target: Target | None = None,               # a size instead of the profile's
@@ -140,7 +156,8 @@ def plan_dynamic(model: "str | Path | Checkpoint",              # directory, Hub
     if target is not None: found = replace(found, target=target, tensors={})
     checkpoint, specs, metadata = _facts(model, pre)
     tensors = [(s.name, tuple(s.shape)) for s in specs.values()]
-    types, notes, fixed = found.tensors, None, _fixed_bytes(metadata, tensors)
+    copied = _copied(specs.values())
+    types, notes, fixed = found.tensors, None, _fixed_bytes(metadata, tensors, copied)
     if found.base_model or found.resolved:
         fit = check_fit(found, checkpoint.name, metadata["general.architecture"], tensors)
         if not fit.fits: raise ProfileError(f"the profile {found.name} does not fit {checkpoint.name}: {fit.problems[0]}", "see: llm-quantize profile validate; or create a profile for this model")
@@ -149,7 +166,7 @@ def plan_dynamic(model: "str | Path | Checkpoint",              # directory, Hub
     if not found.resolved:
         chosen = resolve(found, checkpoint, list(specs.values()), fixed, imatrix, effort=effort, calibration_data=calibration_data, path=sensitivity,
                          device=device, progress=progress)
-        types, notes = chosen.allocation.types, chosen.to_dict()
+        types, notes = copied | chosen.allocation.types, chosen.to_dict()
     plan = make_plan(types, tensors, f"profile {found.name}")
     metadata["general.file_type"] = plan.ftype
     return GGUFJob(checkpoint, "dynamic", tuple(specs[t.name] for t in plan), plan, metadata, False, found.name, notes), imatrix
