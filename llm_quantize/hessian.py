@@ -29,6 +29,7 @@ class _Moments(Listener):
         self.moments[name][expert].addmm_(weighted.T, x)
         self.counts[name][expert] += len(x)
 
+# %% ../nbs/24_hessian.ipynb #hessian-plainmoments
 class PlainMoments(_Moments):
     "Sums of x x^T; weights with a common input share theirs."
     def entries(self, read: Input) -> tuple: return read.names[:1]
@@ -36,6 +37,7 @@ class PlainMoments(_Moments):
     def input(self, read: Input, x: torch.Tensor, expert: int) -> None:
         if read.names[0] in self.moments: self.add(read.names[0], x.float(), x.float(), expert)
 
+# %% ../nbs/24_hessian.ipynb #hessian-endlossmoments
 class EndLossMoments(_Moments):
     "Sums of s x x^T, with s the mean square of the gradient at the output: each weight has its own."
     def gradient(self, name: str, x: torch.Tensor, g: torch.Tensor, expert: int) -> None:
@@ -69,6 +71,7 @@ def layer_groups(inputs: list,            # Inputs, from `layer_inputs`
         used += size
     return groups
 
+# %% ../nbs/24_hessian.ipynb #hessian-second-moments
 def second_moments(stack: LayerStack,                 # the model
                    ids: torch.Tensor,                 # (windows, size) int64
                    *, end_loss: bool | None = None,   # weight tokens by squared gradients; default: where the layers fit in memory
@@ -115,6 +118,7 @@ class Curvature:
         squares = ((parts @ h) * parts).sum((0, 2))                            # (rows,)
         return 0.5 * (own * squares).sum().item() * (rho.sum() / own.sum().clamp(min=1e-12)).item()
 
+# %% ../nbs/24_hessian.ipynb #hessian-curvaturesums
 class _CurvatureSums(Listener):
     "Adds up s x x^T and g^2, token after token."
     def __init__(self, inputs: list):
@@ -131,6 +135,7 @@ class _CurvatureSums(Listener):
         self.h[name][expert] += (parts * g2.mean(1)[None, :, None]).transpose(1, 2) @ parts
         self.rho[name][expert] += g2.sum(0)
 
+# %% ../nbs/24_hessian.ipynb #hessian-curvature-2
 def curvature(stack: LayerStack,   # with all layers in memory
               ids: torch.Tensor,   # (windows, size)
               *, seed: int = 0,    # of the drawn tokens
