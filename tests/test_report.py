@@ -13,7 +13,7 @@ from llm_quantize.errors import ArgumentError, LLMQuantizeError, ValidationError
 from llm_quantize.layer_errors import layer_errors, output_errors
 from llm_quantize.quality import compare, pareto_front, quality_report
 from llm_quantize.quantize import quantize
-from llm_quantize.report import check_ending, html_page, html_table, save_report
+from llm_quantize.report import check_ending, html_page, html_table, save_report, write_aside
 from llm_quantize.scores import check_loads
 
 
@@ -90,6 +90,18 @@ def test_endings_are_checked_before_the_work(checkpoint, files, tmp_path):
     with pytest.raises(LLMQuantizeError, match="no directory"): check_ending(tmp_path / "no" / "r.md", (".json", ".md"))
     save_report(tmp_path / "R.MD", {".md": lambda: "x"})
     assert (tmp_path / "R.MD").read_text() == "x\n"
+
+
+def test_a_name_that_is_no_text_can_be_reported(tmp_path):
+    write_aside(tmp_path / "r.md", "mod\udce8le\n")
+    assert (tmp_path / "r.md").read_text() == "mod?le\n" and [p.name for p in tmp_path.iterdir()] == ["r.md"]
+
+
+def test_an_interrupted_report_leaves_nothing(tmp_path, monkeypatch):
+    def stopped(*args): raise KeyboardInterrupt
+    monkeypatch.setattr("os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt): write_aside(tmp_path / "r.md", "x\n")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- errors of outputs -------------------------------------------------------------------------------------
