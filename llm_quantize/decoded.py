@@ -33,6 +33,7 @@ def _metadata_differences(checkpoint: Checkpoint, found: dict) -> list[str]:
     keys = [key for key in (f"{arch}.{key}" for key in _SAME) if isinstance(found.get(key), (int, float)) and key in expected]
     return [f"{key} {found[key]:g}, the model's is {expected[key]:g}" for key in keys if abs(found[key] - expected[key]) > 1e-6 * abs(expected[key])]
 
+# %% ../nbs/39_decoded.ipynb #decoded-tensor-differences
 def _tensor_differences(specs: list, found: dict) -> list[str]:
     "What the GGUF's table of tensors says otherwise than the checkpoint's."
     expected = {spec.name: spec for spec in specs}
@@ -51,6 +52,7 @@ class WeightPair(NamedTuple):
     original: torch.Tensor     # float32
     decoded: torch.Tensor      # float32, same shape
 
+# %% ../nbs/39_decoded.ipynb #decoded-ggufmodel
 class GGUFModel:
     "A GGUF file, seen as a quantization of a checkpoint."
 
@@ -122,6 +124,7 @@ class FloatModel:
             dtype = self.other.dtype(name)
             yield WeightPair(name, str(dtype).removeprefix("torch."), 8.0 * dtype.itemsize, self.checkpoint.tensor(name).float(), self.other.tensor(name).float())
 
+# %% ../nbs/39_decoded.ipynb #decoded-open-quantized
 def open_quantized(checkpoint: "str | Path | Checkpoint", # the original
                    path: "str | Path"                     # GGUF file, float directory, or int8 directory (`smoothquant`)
                   ) -> "GGUFModel | FloatModel | W8A8Model":
@@ -133,6 +136,7 @@ def open_quantized(checkpoint: "str | Path | Checkpoint", # the original
     model.check()
     return model
 
+# %% ../nbs/39_decoded.ipynb #decoded-load-quantized
 def load_quantized(checkpoint: "str | Path | Checkpoint",   # the original
                    path: "str | Path",                      # GGUF file or float directory
                    *, dtype: torch.dtype = torch.float32,   # of weights and arithmetic
