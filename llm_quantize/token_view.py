@@ -37,6 +37,7 @@ class ReadToken:
         "Do both hold the same token for the most probable?"
         return self.top_original[0][0] == self.top[0][0]
 
+# %% ../nbs/54_token_view.ipynb #token_view-tokenview
 @dataclass(frozen=True)
 class TokenView:
     "A text read by two models."
@@ -63,26 +64,33 @@ class TokenView:
         return "\n".join([head, "", "| token | KLD | original says | quantized says |", "|:--|--:|:--|:--|", *rows])
 
 # %% ../nbs/54_token_view.ipynb #token_view-pieces
-_BLOCK, _LIMIT = 64, 2048 # places whose logits are held at a time; tokens that are read at most
+_LIMIT = 2048 # tokens that are read at most
 
 def _pieces(tokenizer, text: str) -> tuple: # (tokens,) int64, their texts
-    "The tokens of a text and the pieces of it that they stand for."
+    "The tokens of a text and the pieces of it that they stand for: together the text, as far as it is read."
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = found["offset_mapping"][:_LIMIT]
-    ids, pieces = list(found["input_ids"][:_LIMIT]), [text[a:b] for a, b in places]
+    ids, places, pieces, done = list(found["input_ids"][:_LIMIT]), found["offset_mapping"][:_LIMIT], [], 0
+    for (_, end), (start, _) in zip(places, [*places[1:], (len(text), 0)]): # where a token ends, where the next one starts
+        pieces.append(text[done:end] if start >= end else "")               # a character of several tokens belongs to the last
+        if start >= end: done = max(done, end)
     if adds_bos(tokenizer): ids, pieces = [tokenizer.bos_token_id, *ids], ["", *pieces]
     if len(ids) < 2: raise ArgumentError(f"a text of {len(ids)} tokens leaves nothing to predict", "give a sentence or more")
     return torch.tensor(ids, dtype=torch.int64), pieces
 
+# %% ../nbs/54_token_view.ipynb #token_view-after
 def _after(tokenizer, before: int, token: int) -> str:
     "A token as it reads behind another."
     both, alone = tokenizer.decode([before, token]), tokenizer.decode([before])
     return both[len(alone):] if both.startswith(alone) else tokenizer.decode([token])
 
+# %% ../nbs/54_token_view.ipynb #token_view-top
 def _top(tokenizer, before: torch.Tensor, log_p: torch.Tensor, count: int) -> list: # of tuples of (text, probability)
     "The most probable tokens at each place."
     p, which = log_p.topk(count)
     return [tuple((_after(tokenizer, b, i), q) for i, q in zip(own, values)) for b, own, values in zip(before.tolist(), which.tolist(), p.exp().tolist())]
+
+# %% ../nbs/54_token_view.ipynb #token_view-read
+_BLOCK = 64 # places whose logits are held at a time
 
 @torch.inference_mode()
 def _read(original, quantized, tokenizer, ids: torch.Tensor, pieces: list, top: int) -> list: # of ReadToken
@@ -98,6 +106,7 @@ def _read(original, quantized, tokenizer, ids: torch.Tensor, pieces: list, top: 
         tokens += [ReadToken(text, max(0.0, kld), *rest) for text, kld, *rest in rows]
     return tokens
 
+# %% ../nbs/54_token_view.ipynb #token_view-view-tokens
 def view_tokens(original: "str | Path | Checkpoint",  # directory, Hub id or opened checkpoint
                 quantized: "list | str | Path",       # GGUF file or directory made from it, or several
                 text: "str | None" = None,            # default: the beginning of the bundled held-out text
@@ -117,6 +126,16 @@ def view_tokens(original: "str | Path | Checkpoint",  # directory, Hub id or ope
     return tuple(views)
 
 # %% ../nbs/54_token_view.ipynb #token_view-strength
+def _strength(kld: float) -> float: # 0 to 1
+    return min(1.0, max(0.0, math.log10(max(kld, 1e-9) / 1e-2) / math.log10(3e2)))
+
+# %% ../nbs/54_token_view.ipynb #token_view-shown
+def _shown(text: str) -> str: return html.escape(text.replace("\n", "⏎\n")) or "·"
+
+def _said(who: str, top: tuple) -> str:
+    return f"{who}: " + ", ".join(f"“{html.escape(text.replace(chr(10), '⏎'))}” {100 * p:.1f} %" for text, p in top)
+
+# %% ../nbs/54_token_view.ipynb #token_view-token-html
 _STYLE = """<style>
 .lq-tokens { position: relative; padding-top: 6.6rem; line-height: 1.9; max-width: 46rem }
 .lq-tokens .t { cursor: help; border-radius: .15rem; padding: .1rem 0; white-space: pre-wrap } .lq-tokens .d { text-decoration: underline 2px; text-underline-offset: 4px }
@@ -125,14 +144,6 @@ _STYLE = """<style>
 .lq-tokens .rest { border-style: dashed; opacity: .8 } .lq-tokens .tip { display: none; white-space: pre-wrap; background: Canvas; color: CanvasText }
 .lq-tokens .t:hover .tip, .lq-tokens .t:focus .tip { display: block } .lq-tokens .t:hover .tip { z-index: 2 }
 </style>"""
-
-def _strength(kld: float) -> float: # 0 to 1
-    return min(1.0, max(0.0, math.log10(max(kld, 1e-9) / 1e-2) / math.log10(3e2)))
-
-def _shown(text: str) -> str: return html.escape(text.replace("\n", "⏎\n")) or "·"
-
-def _said(who: str, top: tuple) -> str:
-    return f"{who}: " + ", ".join(f"“{html.escape(text.replace(chr(10), '⏎'))}” {100 * p:.1f} %" for text, p in top)
 
 def token_html(view: TokenView) -> str: # HTML
     "A text coloured by divergence, with what each model would have said."
@@ -146,6 +157,7 @@ def token_html(view: TokenView) -> str: # HTML
             "Point at a token, or reach it with Tab, to see what each model would say.")
     return f'{_STYLE}<div class="lq-tokens" role="group" aria-label="text coloured by divergence"><div class="rest">{rest}</div>{html.escape(view.first)}{"".join(parts)}</div>'
 
+# %% ../nbs/54_token_view.ipynb #token_view-token-frame
 def token_frame(view: TokenView) -> dict: # see `frames`
     "The same for an explorer."
     return html_frame(token_html(view))
