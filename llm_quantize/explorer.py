@@ -40,6 +40,7 @@ class Control:
         "Where a value stands among the options."
         return [self.options.index(v) for v in value] if self.kind == "many" else self.options.index(value)
 
+# %% ../nbs/53_explorer.ipynb #explorer-panel
 @dataclass(frozen=True)
 class Panel:
     "A picture that depends on controls."
@@ -80,9 +81,10 @@ class Explorer:
         return {panel.name: self._frame(panel, state) for panel in self.panels}
 
     def _frame(self, panel: Panel, state: dict) -> dict:
-        many = next((name for name in panel.depends if self.controls[name].kind == "many"), None)
-        if many is None: found = panel.frame(*(state[name] for name in panel.depends))
-        else: found = merge_frames([panel.frame(*(one if name == many else state[name] for name in panel.depends)) for one in state[many]])
+        many = [self.controls[name].kind == "many" for name in panel.depends]
+        chosen = itertools.product(*(state[name] if several else [state[name]] for name, several in zip(panel.depends, many)))
+        frames = [panel.frame(*values) for values in chosen]
+        found = merge_frames(frames) if any(many) else frames[0]
         if found["kind"] != "heat" or not panel.follows: return found
         row, column = (state[name] for name in panel.follows)
         return {**found, "follows": list(panel.follows), "chosen": [found["rows"].index(row), self.controls[panel.follows[1]].at(column)] if row in found["rows"] else None}
@@ -118,6 +120,15 @@ class Explorer:
         try: box = self.widget
         except LLMQuantizeError: return {"text/plain": repr(self), "text/html": f'<iframe srcdoc="{html.escape(self.page())}" title="{html.escape(self.title)}" width="100%" height="900"></iframe>'}
         return {**box._repr_mimebundle_(), "text/plain": repr(self)}
+
+# %% ../nbs/53_explorer.ipynb #explorer-text
+def _text(option) -> str: return f"{option:g}" if isinstance(option, float) else str(option)
+
+# %% ../nbs/53_explorer.ipynb #explorer-drawn
+def _drawn(panel: Panel, frame: dict) -> str:
+    "A panel as HTML for a notebook."
+    body = frame["html"] if frame["kind"] == "html" else html_figure(draw_frame(frame), f"{panel.title}: {frame['alt']}".strip(": "))
+    return f"<h3>{html.escape(panel.title)}</h3>{body}" + (f'<p class="note">{html.escape(panel.note)}</p>' if panel.note else "")
 
 # %% ../nbs/53_explorer.ipynb #explorer-live-2
 _WIDGET_STYLE = """<style>.lq-explorer .lq-panel { overflow-x: auto } .lq-panel h3 { margin: .6rem 0 .2rem; font-size: 1rem } .lq-panel figure { margin: 0 }
@@ -159,14 +170,24 @@ class _Live:
         for panel in self.explorer.panels:
             if changed is None or changed in (*panel.depends, *panel.follows): self.panels[panel.name].value = _drawn(panel, self.explorer._frame(panel, state))
 
-def _text(option) -> str: return f"{option:g}" if isinstance(option, float) else str(option)
-
-def _drawn(panel: Panel, frame: dict) -> str:
-    "A panel as HTML for a notebook."
-    body = frame["html"] if frame["kind"] == "html" else html_figure(draw_frame(frame), f"{panel.title}: {frame['alt']}".strip(": "))
-    return f"<h3>{html.escape(panel.title)}</h3>{body}" + (f'<p class="note">{html.escape(panel.note)}</p>' if panel.note else "")
-
 # %% ../nbs/53_explorer.ipynb #explorer-control-html
+def _control_html(c: Control) -> str:
+    label, options = html.escape(c.label), [html.escape(_text(option)) for option in c.options]
+    if c.kind == "many": return f'<fieldset class="lq-{c.name}"><legend>{label}</legend>' + "".join(f'<label><input type="checkbox"> {option}</label>' for option in options) + "</fieldset>"
+    if c.kind == "slide": return f'<label class="lq-{c.name}">{label} <input type="range" min="0" max="{len(options) - 1}" step="1"> <output></output></label>'
+    return f'<label class="lq-{c.name}">{label} <select>' + "".join(f'<option value="{i}">{option}</option>' for i, option in enumerate(options)) + "</select></label>"
+
+# %% ../nbs/53_explorer.ipynb #explorer-panel-data
+def _panel_data(explorer: Explorer, panel: Panel) -> dict:
+    "The frames of a panel for all options, each once."
+    controls, pool, frames = [explorer.controls[name] for name in panel.depends], {}, {}
+    for places in itertools.product(*(range(len(c.options)) for c in controls)):
+        found = panel.frame(*(c.options[i] for c, i in zip(controls, places)))
+        if panel.follows and found["kind"] == "heat": found = {**found, "follows": list(panel.follows)}
+        frames[",".join(map(str, places))] = pool.setdefault(json.dumps(found, ensure_ascii=False, separators=(",", ":")), len(pool))
+    return {"name": panel.name, "depends": list(panel.depends), "follows": list(panel.follows), "frames": frames, "pool": [json.loads(text) for text in pool]}
+
+# %% ../nbs/53_explorer.ipynb #explorer-page
 _PAGE_STYLE = """
 form { display: flex; flex-wrap: wrap; gap: .6rem 2rem; align-items: end; position: sticky; top: 0; background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--line);
 z-index: 5 }
@@ -183,21 +204,6 @@ body { max-width: 72rem } .panels { display: flex; flex-wrap: wrap; gap: 0 2rem 
 .note, .scale, .key { color: var(--soft); font-size: .9rem; margin: .2rem 0 } h2 { margin: 1.6rem 0 .4rem }
 """
 
-def _control_html(c: Control) -> str:
-    label, options = html.escape(c.label), [html.escape(_text(option)) for option in c.options]
-    if c.kind == "many": return f'<fieldset class="lq-{c.name}"><legend>{label}</legend>' + "".join(f'<label><input type="checkbox"> {option}</label>' for option in options) + "</fieldset>"
-    if c.kind == "slide": return f'<label class="lq-{c.name}">{label} <input type="range" min="0" max="{len(options) - 1}" step="1"> <output></output></label>'
-    return f'<label class="lq-{c.name}">{label} <select>' + "".join(f'<option value="{i}">{option}</option>' for i, option in enumerate(options)) + "</select></label>"
-
-def _panel_data(explorer: Explorer, panel: Panel) -> dict:
-    "The frames of a panel for all options, each once."
-    controls, pool, frames = [explorer.controls[name] for name in panel.depends], {}, {}
-    for places in itertools.product(*(range(len(c.options)) for c in controls)):
-        found = panel.frame(*(c.options[i] for c, i in zip(controls, places)))
-        if panel.follows and found["kind"] == "heat": found = {**found, "follows": list(panel.follows)}
-        frames[",".join(map(str, places))] = pool.setdefault(json.dumps(found, ensure_ascii=False, separators=(",", ":")), len(pool))
-    return {"name": panel.name, "depends": list(panel.depends), "follows": list(panel.follows), "frames": frames, "pool": [json.loads(text) for text in pool]}
-
 def _page(explorer: Explorer) -> str:
     controls = [{"name": c.name, "kind": c.kind, "options": [_text(o) for o in c.options], "value": c.at(explorer.state()[c.name])} for c in explorer.controls.values()]
     data = {"colors": COLORS, "controls": controls, "panels": [_panel_data(explorer, panel) for panel in explorer.panels]}
@@ -210,6 +216,7 @@ def _page(explorer: Explorer) -> str:
     script = (files("llm_quantize") / "data" / "page" / "explorer.js").read_text(encoding="utf-8")
     return html_page(explorer.title, parts, "Made by llm_quantize. This page is complete: it sends and fetches nothing.", style=_PAGE_STYLE, script=script)
 
+# %% ../nbs/53_explorer.ipynb #explorer-write
 def _write(text: str, path: "str | Path") -> Path:
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".html", ".htm"): raise ArgumentError(f"an explorer cannot be written as '{path.suffix or path.name}'", "let the file end in .html")
