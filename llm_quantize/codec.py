@@ -18,15 +18,17 @@ from .blocks import ENCODERS, decode, encode
 from .errors import ArgumentError, ImatrixError, ValidationError
 from .qtypes import QType, qtype
 
-# %% ../nbs/09_codec.ipynb #codec-float-bytes
+# %% ../nbs/09_codec.ipynb #codec-floats-f32-torch-float32-f16
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-def _float_bytes(x, dtype):
+# %% ../nbs/09_codec.ipynb #codec-float-bytes
+def _float_bytes(x, type):
     "Rows of plain numbers as bytes."
-    y = x.to(dtype).contiguous()
+    y = x.to(FLOATS[type.name]).contiguous()
     if not torch.isfinite(x).all():
         raise ValidationError("the weights hold NaN or infinite values", "check the checkpoint: it may be damaged or its training diverged")
-    if not torch.isfinite(y).all(): raise ValidationError(f"weights up to {x.abs().max().item():.3g} do not fit f16", "use BF16 or F32 for this tensor")
+    if not torch.isfinite(y).all():
+        raise ValidationError(f"weights up to {x.abs().max().item():.3g} do not fit {type.name}", f"use {'BF16 or F32' if type.name == 'F16' else 'F32'} for this tensor")
     return y.view(torch.uint8)
 
 # %% ../nbs/09_codec.ipynb #codec-check
@@ -41,10 +43,10 @@ def _check(x, importance, type):
     if not torch.isfinite(importance).all() or (importance < 0).any():
         raise ImatrixError("importance holds NaN, infinite or negative values", "collect the importance matrix again")
 
-# %% ../nbs/09_codec.ipynb #codec-reference-library
+# %% ../nbs/09_codec.ipynb #codec-searches-fast-best-reference
 SEARCHES = ("fast", "best", "reference")
-_IMPORTANT = ("IQ2_XXS", "IQ2_XS", "IQ1_S") # ggml_quantize_requires_imatrix
 
+# %% ../nbs/09_codec.ipynb #codec-reference-library
 @lru_cache(None)
 def _reference_library():
     "llama.cpp's quantization library, or None."
@@ -55,6 +57,9 @@ def _reference_library():
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     return library
+
+# %% ../nbs/09_codec.ipynb #codec-reference
+_IMPORTANT = ("IQ2_XXS", "IQ2_XS", "IQ1_S") # ggml_quantize_requires_imatrix
 
 def _reference(x, type, importance):
     "Bytes as llama.cpp writes them."
@@ -80,12 +85,13 @@ def quantize(x: torch.Tensor,                         # (rows, columns), any flo
     type = qtype(type)
     if search not in SEARCHES: raise ArgumentError(f"no search {search!r}", f"searches: {', '.join(SEARCHES)}")
     _check(x, importance, type)
-    if type.name in FLOATS: return _float_bytes(x, FLOATS[type.name])
+    if type.name in FLOATS: return _float_bytes(x, type)
     if type.name not in ENCODERS: raise ArgumentError(f"no encoder for {type.name} yet", f"types that can be written: {', '.join((*FLOATS, *ENCODERS))}")
     if search == "reference": return _reference(x, type, importance)
     if importance is not None: importance = importance.to(x.device, torch.float32)
     return encode(type.name, x, importance, compile, search)
 
+# %% ../nbs/09_codec.ipynb #codec-dequantize
 def dequantize(data: torch.Tensor,     # (rows, row bytes) uint8
                type: "str | QType"     # a tensor type: "Q4_K"
                ) -> torch.Tensor:      # (rows, columns) float32, on data's device

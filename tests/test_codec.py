@@ -199,7 +199,8 @@ def test_half_precision_input_and_importance_dtypes():
     (lambda x: quantize(x, "Q4_K", torch.full((512,), float("nan"))), ImatrixError, "NaN"),
     (lambda x: quantize(x / 0, "Q4_K"), ValidationError, "NaN"),
     (lambda x: quantize(x / 0, "F32"), ValidationError, "NaN"),
-    (lambda x: quantize(x * 1e9, "F16"), ValidationError, "f16"),
+    (lambda x: quantize(x * 1e9, "F16"), ValidationError, "F16"),
+    (lambda x: quantize(torch.full((1, 256), 3.4e38), "BF16"), ValidationError, "BF16"),
     (lambda x: dequantize(x, "Q4_K"), ArgumentError, "uint8"),
     (lambda x: dequantize(torch.zeros(2, 143, dtype=torch.uint8), "Q4_K"), ArgumentError, "144-byte"),
 ])
@@ -207,3 +208,10 @@ def test_refusals(call, error, words):
     x = torch.randn(2, 512, generator=torch.Generator().manual_seed(4))
     with pytest.raises(error, match=words) as caught: call(x)
     assert caught.value.suggestion
+
+
+@pytest.mark.parametrize("name, weight, instead", [("F16", 1e5, "use BF16 or F32"), ("BF16", 3.4e38, "use F32")], ids=["F16", "BF16"])
+def test_a_weight_too_large_is_sent_to_a_type_that_holds_it(name, weight, instead):
+    with pytest.raises(ValidationError) as caught: quantize(torch.full((1, 256), weight), name)
+    assert caught.value.suggestion.startswith(instead)
+    assert torch.isfinite(dequantize(quantize(torch.full((1, 256), weight), "F32"), "F32")).all()
