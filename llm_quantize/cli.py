@@ -23,7 +23,7 @@ from .errors import ArgumentError, CancelledError, LLMQuantizeError, OutOfMemory
 from .profile_verbs import profile_app
 from .quantize_verb import quantize_verb
 
-# %% ../nbs/51_cli.ipynb #cli-version
+# %% ../nbs/51_cli.ipynb #cli-app-typer-typer-name-llm-qua
 app = typer.Typer(name="llm-quantize", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Turn a Hugging Face checkpoint into the best model that fits your memory, measured and explained.",
                   epilog="--format and --verbosity may also be written after the verb.")
@@ -31,19 +31,28 @@ quality_app = typer.Typer(no_args_is_help=True, help="Measure what quantization 
 app.add_typer(quality_app, name="quality")
 app.add_typer(profile_app, name="profile")
 
+# %% ../nbs/51_cli.ipynb #cli-version
+_NO_CSV = "--format csv is for `quality compare` only"
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"llm-quantize {__version__}")
         raise typer.Exit()
 
 @app.callback()
-def _globals(format: Annotated[str, typer.Option(help="human or json; csv for quality compare", metavar="human|json")] = "human",
+def _globals(context: typer.Context,
+             format: Annotated[str, typer.Option(help="human or json; csv for quality compare", metavar="human|json")] = "human",
              verbosity: Annotated[str, typer.Option(help="how much to say on stderr", metavar="quiet|normal|verbose|debug")] = "normal",
              version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")] = False):
     if format not in ("human", "json", "csv"): raise ArgumentError(f"unknown --format '{format}'", "use human or json")
     if verbosity not in ("quiet", "normal", "verbose", "debug"): raise ArgumentError(f"unknown --verbosity '{verbosity}'", "use quiet, normal, verbose or debug")
+    if format == "csv" and context.invoked_subcommand != "quality": raise ArgumentError(_NO_CSV, "use human or json")
     output.format, output.verbosity = format, verbosity
     set_up_logging(verbosity)
+
+@quality_app.callback()
+def _quality(context: typer.Context):
+    if output.format == "csv" and context.invoked_subcommand != "compare": raise ArgumentError(_NO_CSV, "use human or json")
 
 # %% ../nbs/51_cli.ipynb #cli-written
 @dataclass(frozen=True)
@@ -60,15 +69,24 @@ def sample(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="directo
     from llm_quantize.checkpoint import write_sample
     output.show(_Written(write_sample(folder)), lambda result: print(result.path))
 
+# %% ../nbs/51_cli.ipynb #cli-told
+def _told(value) -> str:
+    "A fact in words: 4,196,608; 16.008; yes; 38 bfloat16."
+    if isinstance(value, bool): return "yes" if value else "no"
+    if isinstance(value, int): return f"{value:,}"
+    if isinstance(value, float): return f"{value:.3f}" if abs(value) >= 1 else f"{value:.3g}"
+    if not isinstance(value, dict): return str(value)
+    counts = all(isinstance(count, int) for count in value.values())
+    return ", ".join(f"{count} {name}" if counts else f"{name.replace('_', ' ')} {_told(count)}" for name, count in value.items())
+
+# %% ../nbs/51_cli.ipynb #cli-facts
 def _facts(result) -> None:
     "Print a record as two columns."
     from rich.table import Table
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in result.to_dict().items():
-        if key == "status": continue
-        if isinstance(value, dict): value = ", ".join(f"{count} {name}" for name, count in value.items())
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value))
-    console().print(table)
+        if key != "status" and value is not None: table.add_row(key.replace("_", " "), _told(value))
+    console().print(table, markup=False)
 
 @app.command()
 def info(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory, Hub id or GGUF file")]):
@@ -82,7 +100,7 @@ def _show_analysis(result) -> None:
     screen = console()
     found = result.to_dict()
     screen.print(f"{result.output_path}  {len(result.names)} entries from {result.chunk_count} windows of {result.chunk_size} tokens, method {result.method}, "
-                  f"{result.duration_seconds:,.1f} s", soft_wrap=True)
+                  f"{result.duration_seconds:,.1f} s", soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False)
     for name in ("block", "mean importance", "least", "largest", "in"): table.add_column(name, justify="left" if name in ("block", "in") else "right")
     for row in found["layers"]:
@@ -93,6 +111,7 @@ def _show_analysis(result) -> None:
         screen.print(f"\n{result.super_weights.render()}\n{result.total_protected:,} weights make the most important {100 * result.coverage:g} %", soft_wrap=True)
     if found["rare_experts"]: screen.print(f"{len(found['rare_experts'])} entries of experts saw few tokens and lean on a neutral prior", soft_wrap=True)
 
+# %% ../nbs/51_cli.ipynb #cli-analyze-2
 @app.command()
 def analyze(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")],
             out: Annotated[Optional[Path], typer.Option("-o", "--output", help="file to write; default ./NAME.imatrix")] = None,
@@ -115,13 +134,14 @@ def analyze(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoi
     output.show(result, _show_analysis)
 
 # %% ../nbs/51_cli.ipynb #cli-app-command-quantize-quantiz
-app.command("quantize")(quantize_verb)
+app.command("quantize")(quantize_verb);
 
-# %% ../nbs/51_cli.ipynb #cli-quality-report-verb
+# %% ../nbs/51_cli.ipynb #cli-text-typer-option-help-evalu
 _TEXT = typer.Option(help="evaluation text: .txt, .json or .jsonl; default: the bundled held-out text")
 _WINDOWS = typer.Option(min=1, help="windows of 512 tokens to evaluate, at most")
 _BACKEND = typer.Option(help="what runs the quantized model: our decoder, or llama.cpp itself", metavar="torch|llama.cpp")
 
+# %% ../nbs/51_cli.ipynb #cli-quality-report-verb
 @quality_app.command("report")
 def quality_report_verb(original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="checkpoint directory or Hub id")],
                         quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="GGUF file or directory made from it")],
@@ -139,6 +159,7 @@ def quality_report_verb(original: Annotated[str, typer.Argument(metavar="ORIGINA
                                 include_layers=include_layers, coherence_check=coherence_check, prompts=prompts, output=report, backend=backend, progress=progress)
     output.show(result, lambda result: print(result.render()))
 
+# %% ../nbs/51_cli.ipynb #cli-quality-compare-verb
 @quality_app.command("compare")
 def quality_compare_verb(original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="checkpoint directory or Hub id")],
                          quantized: Annotated[list[Path], typer.Argument(metavar="QUANTIZED...", help="GGUF files or directories made from it")],
@@ -154,6 +175,7 @@ def quality_compare_verb(original: Annotated[str, typer.Argument(metavar="ORIGIN
                          calibration_samples=calibration_samples, output=report, backend=backend, progress=progress)
     print(result.render(output.format))
 
+# %% ../nbs/51_cli.ipynb #cli-validate-2
 @app.command()
 def validate(quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="GGUF file, or with --original a directory")],
              original: Annotated[Optional[str], typer.Option(help="what it was made from: each tensor is compared")] = None,
@@ -172,6 +194,7 @@ def _as_known(error: BaseException) -> LLMQuantizeError:
         return OutOfMemoryError(f"not enough memory: {error}".rstrip(": "), 'close other programs, or set CUDA_VISIBLE_DEVICES="" to stay off the GPU')
     return LLMQuantizeError(f"unexpected {type(error).__name__}: {error}", "run again with --verbosity debug and report the traceback")
 
+# %% ../nbs/51_cli.ipynb #cli-main
 def main(argv: "list[str] | None" = None # arguments; default: the command line's
         ) -> int:                        # exit code
     "Run the command; prints, and returns the exit code."
@@ -203,6 +226,7 @@ def _words(parameter) -> str: # "-o, --output-dir PATH"
     kinds = [kind for name, kind in _KINDS.items() if name in str(parameter.type_descriptor.annotation)] # such as Optional[pathlib.Path]
     return " ".join([", ".join(parameter.opts), *([] if parameter.is_flag else [parameter.metavar or (kinds or ["TEXT"])[0]])])
 
+# %% ../nbs/51_cli.ipynb #cli-rows
 def _rows(command) -> list: # of rows of a Markdown table
     "Arguments and options of a verb."
     rows = []

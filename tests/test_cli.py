@@ -133,8 +133,8 @@ def test_output_equal_to_input_is_refused(capsys, model, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [(["fly"], "fly"), (["quantize"], "MODEL"), (["quantize", "m", "gguf", "--speed", "9"], "--speed"), (["--format", "xml", "info", "m"], "xml"),
-                                              (["--verbosity", "loud", "info", "m"], "loud"), (["info", "m", "--format", "csv"], "no directory")],
-                         ids=["verb", "argument", "option", "format", "verbosity", "csv"])
+                                              (["--verbosity", "loud", "info", "m"], "loud"), (["info", "m", "--format", "csv"], "csv"), (["quality", "report", "m", "m.gguf", "--format", "csv"], "csv")],
+                         ids=["verb", "argument", "option", "format", "verbosity", "csv", "csv of a report"])
 def test_usage_errors(capsys, arguments, words):
     code, out, err = run(capsys, *arguments)
     assert code in (2, 3) and words in err and out == ""
@@ -154,6 +154,20 @@ def test_info_of_a_checkpoint_and_of_its_gguf(capsys, model, tmp_path):
     same = ("architecture", "layers", "heads", "kv_heads", "hidden_size", "vocabulary", "context")
     assert code == 0 and {k: facts[k] for k in same} == {k: float_facts[k] for k in same}
     assert facts["types"]["Q8_0"] == 29 and float_facts["types"] == {"bfloat16": 38}
+
+
+def test_csv_is_refused_before_the_work(capsys, model, tmp_path):
+    code, out, err = run(capsys, "quantize", model, "gguf", "-o", tmp_path / "out", "--format", "csv")
+    assert code == 2 and "quality compare" in err and out == "" and not (tmp_path / "out").exists()
+
+
+def test_validate_tells_a_person_what_it_found(capsys, model, tmp_path):
+    run(capsys, "quantize", model, "gguf", "-q", "q8_0", "-o", tmp_path / "a[b]")
+    file = tmp_path / "a[b]" / "sample-4m-Q8_0.gguf"
+    _, out, _ = run(capsys, "validate", file, "--original", model)
+    assert "a[b]/sample" in re.sub(r"\s", "", out) and re.search(r"compared +yes", out) and re.search(r"largest error +name blk\S+, type Q8_0, relative error \d", out)
+    _, out, _ = run(capsys, "validate", file)
+    assert re.search(r"compared +no", out) and "None" not in out and "largest error" not in out
 
 
 def test_quality_compare_and_report(capsys, model, tmp_path):
