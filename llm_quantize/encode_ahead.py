@@ -48,6 +48,7 @@ class Effort:
 
 EFFORTS = {"quick": Effort(32, 0, 0), "default": Effort(32, 16, 1), "thorough": Effort(512, 512, 2, 3)}
 
+# %% ../nbs/33_encode_ahead.ipynb #encode_ahead-find-effort
 def find_effort(name: str) -> Effort:
     "The effort of that name, in any case; raises `ArgumentError` with the nearest."
     found = EFFORTS.get(str(name).lower())
@@ -113,6 +114,7 @@ def fed_back(spec: GGUFTensor, type: str) -> bool:
     "Whether error feedback is for this tensor: a matrix of a block, in a type below eight bits."
     return spec.layer is not None and spec.quantizable and type in ENCODERS and QTYPES[type].bpw < 8
 
+# %% ../nbs/33_encode_ahead.ipynb #encode_ahead-encode-layer
 def _encode_layer(checkpoint: Checkpoint, specs: list, types: dict, moments: dict, device: str, search: str, effort: Effort) -> dict: # GGUF name -> bytes
     "The tensors of one layer."
     out, alike, options = {}, {}, {"search": search, "damping": effort.damping, "readings": effort.readings}
@@ -138,6 +140,7 @@ class EncodedAhead:
     notes: dict                  # what was done, for the report
     discard: Callable = field(default=lambda: None, repr=False) # removes the checkpoints
 
+# %% ../nbs/33_encode_ahead.ipynb #encode_ahead-calibration
 def _calibration(checkpoint: Checkpoint, data, count: int) -> torch.Tensor: # (windows, 512)
     tokenizer = load_tokenizer(checkpoint.path)
     return windows(tokenizer, [bundled_text("calibration")] if data is None else read_text(data, tokenizer), limit=count)
@@ -149,7 +152,7 @@ def _all_layers(stack, store, specs, types, ids, device, search, effort, progres
         if fed_back(spec, types[spec.name]): layers.setdefault(spec.layer, []).append(spec)
     left, done = {layer for layer in layers if store.load(f"layer-{layer}") is None}, {}
     tell = (lambda n, total: progress(n, 2 * total, "error feedback: moments")) if progress else None
-    for moments in second_moments(stack, ids, layers=left, progress=tell) if left else ():
+    for moments in second_moments(stack, ids, layers=left, folder=store.folder, progress=tell) if left else ():
         for layer in sorted({int(name.split(".")[1]) for name in moments}):
             store.save(f"layer-{layer}", _encode_layer(stack.checkpoint, layers[layer], types, moments, device, search, effort))
             for name in [n for n in moments if n.startswith(f"blk.{layer}.")]: moments[name] = None
@@ -158,6 +161,7 @@ def _all_layers(stack, store, specs, types, ids, device, search, effort, progres
     for layer in layers: done |= {name: data for name, data in store.load(f"layer-{layer}").items() if name}
     return done
 
+# %% ../nbs/33_encode_ahead.ipynb #encode_ahead-tune
 def _tune(stack, store, specs, types, encoded, importance, ids, effort, device, search, progress) -> tuple: # encoded, norms, notes
     "Tuning, where the effort has it and memory allows; from the store if it was done."
     if not effort.tuning: return encoded, {}, {}
@@ -177,6 +181,7 @@ def _tune(stack, store, specs, types, encoded, importance, ids, effort, device, 
     changed = {key[5:]: t for key, t in found.items() if key.startswith("data ")}
     return {**encoded, **changed}, {key[5:]: t for key, t in found.items() if key.startswith("norm ")}, {k: float(v) for k, v in found[""].items()}
 
+# %% ../nbs/33_encode_ahead.ipynb #encode_ahead-encode-ahead-2
 def encode_ahead(checkpoint: Checkpoint,
                  specs: list,                      # GGUFTensors
                  types: dict,                      # GGUF name -> type

@@ -8,10 +8,11 @@ __all__ = ['WIDTH', 'PlainMoments', 'EndLossMoments', 'layer_groups', 'second_mo
 # %% ../nbs/24_hessian.ipynb #hessian-from-collections-abc-import
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from .activations import Input, LayerStack, Listener, Place, available_memory, run_backward, run_windows
+from .activations import Input, LayerStack, Listener, Place, Waiting, available_memory, run_backward, run_windows
 from .errors import ImportanceError
 from .importance import PRIOR, RARE, loss_labels
 
@@ -78,19 +79,22 @@ def second_moments(stack: LayerStack,                 # the model
                    seed: int = 0,                     # of the tokens drawn as labels
                    room: float | None = None,         # bytes for the moments; default: a quarter of what is free
                    layers: "set | None" = None,       # numbers of the layers wanted; default: all
+                   folder: "str | Path | None" = None, # where hidden states wait that memory has no room for; default: where the system has temporary files
                    progress: Callable[[int, int], None] | None = None # (windows done, windows in all)
                    ) -> Iterator[dict]:               # of each group: GGUF name -> (matrices, columns, columns) float32, per token
     "Second moments of the inputs of every linear layer, group after group; raises `ImportanceError` where the model does not compute with numbers."
     wanted = [read for read in stack.inputs if layers is None or read.layer in layers]
     end_loss = stack.keep if end_loss is None else end_loss
     groups = layer_groups(wanted, available_memory(stack.device) / 4 if room is None else room)
+    start, waiting = Place(), Waiting(folder=folder)
     for number, group in enumerate(groups):
-        moments = (EndLossMoments if end_loss else PlainMoments)(group, stack.device)
+        moments, stop = (EndLossMoments if end_loss else PlainMoments)(group, stack.device), group[-1].layer + 1
         def step(place: Place, number=number) -> None:
-            done = place.window if stack.keep else (place.layer * len(ids) + place.window) / len(stack)
-            if progress: progress(number * len(ids) + round(done), len(groups) * len(ids))
+            done = number * len(ids) + place.window if stack.keep else len(groups) * (place.layer * len(ids) + place.window) / (wanted[-1].layer + 1)
+            if progress: progress(round(done), len(groups) * len(ids))
         if end_loss: run_backward(stack, ids, moments, loss_labels("fisher", seed), step=step)
-        else: run_windows(stack, ids, moments, step=step)
+        else: run_windows(stack, ids, moments, start=start, waiting=waiting, step=step, stop=stop)
+        if not stack.keep: start = Place(stop, 0) # hidden states are kept, so that no layer is run twice
         found = {}
         for read in group:
             for name in read.names:
