@@ -45,6 +45,7 @@ def threshold(name: str,      # of the environment variable
     if not low <= value <= high: raise ArgumentError(f"{name} is {text!r}, which is no number from {low:g} to {high:g}", f"set it to a number; {usual:g} is usual")
     return value
 
+# %% ../nbs/47_judgement.ipynb #judgement-checks
 @dataclass(frozen=True)
 class Checks:
     "What is asked of a file, and what it must reach."
@@ -100,12 +101,14 @@ def _swapped(module, original, place: tuple) -> Callable: # puts it back
     setattr(holder, child, new)
     return lambda: setattr(holder, child, kept)
 
+# %% ../nbs/47_judgement.ipynb #judgement-worst
 def _worst(rows: list, blocks: list, places: dict, count: int) -> list: # (name, type, place) of what is rounded worst
     found = [(row["layer_name"], row["type"], places[row["layer_name"]]) for row in sorted(rows, key=lambda r: -(r["output_error"] or 0))
              if row["output_error"] and isinstance(places.get(row["layer_name"]), tuple)]
     whole = [(row["layer_name"], "/".join(row["types"]), (int(row["layer_name"][4:]), "")) for row in sorted(blocks, key=lambda r: -(r["output_error"] or 0)) if row["layer_name"].startswith("blk.")]
     return (found or whole)[:count]
 
+# %% ../nbs/47_judgement.ipynb #judgement-culprits
 def _culprits(bench: _Bench, opened, module, count: int = 8) -> tuple: # divergence as it is, then (name, type, divergence with the original's matrix), the worst first
     "What it would save to have single tensors back."
     rows, blocks = layer_errors(bench.checkpoint, opened, bench.original, module, bench.ids[:2])
@@ -145,6 +148,7 @@ def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file
         if size > result.file_size: steps.append(_Step(f"-q {level}", size, {"quant_level": level}))
     return sorted(steps, key=lambda step: step.size)
 
+# %% ../nbs/47_judgement.ipynb #judgement-try
 def _try(bench: _Bench, step: _Step, measure: Callable, options: dict, folder: Path) -> float:
     "Make the file, and measure it as the first was."
     kept = {key: options[key] for key in ("imatrix", "calibration_data", "calibration_samples", "search", "sensitivity", "effort", "pre", "device") if options.get(key) is not None}
@@ -155,6 +159,7 @@ def _try(bench: _Bench, step: _Step, measure: Callable, options: dict, folder: P
         made = quantize(bench.checkpoint, step.format, output_dir=place, **kept, **step.options)
         return measure(*bench.open(made.output_path))
 
+# %% ../nbs/47_judgement.ipynb #judgement-search
 def _search(bench: _Bench, result, measure: Callable, loss: float, allowed: float, options: dict) -> tuple: # the smallest that was found to meet it, or None; all trials as {words: (size, loss)}
     "Climb the ladder. `measure` gives a loss, at most `allowed`; that of the file is `loss`."
     steps, tried, best = _steps(bench, result, options), {}, None
@@ -186,6 +191,7 @@ def _advice(bench: _Bench, result, opened, module, measure: Callable, loss: floa
     elif tried: words.append("nothing that was tried meets the threshold: " + ", ".join(f"{name} gives {show(found)} at {human_size(size)}" for name, (size, found) in tried.items()))
     return "; ".join(words) or "use more bits"
 
+# %% ../nbs/47_judgement.ipynb #judgement-judge
 def judge(result,                            # of `quantize`
           model: "str | Path | Checkpoint",  # the original
           checks: Checks,                    # from `prepare`
@@ -225,6 +231,7 @@ class Validation:
         "The JSON object of `validate`."
         return {"status": "success", **asdict(self)}
 
+# %% ../nbs/47_judgement.ipynb #judgement-compare-tensors
 def _compare_tensors(opened) -> tuple: # number of tensors, the one furthest from the original
     worst, count = None, 0
     for name, type, _, original, decoded in opened.pairs():
@@ -239,6 +246,7 @@ def _compare_tensors(opened) -> tuple: # number of tensors, the one furthest fro
         if worst is None or error > worst["relative_error"]: worst = {"name": name, "type": type, "relative_error": error}
     return count, worst
 
+# %% ../nbs/47_judgement.ipynb #judgement-validate
 def validate(path: "str | Path",                              # GGUF file, or with the original a directory
              original: "str | Path | Checkpoint | None" = None, # what it was made from
              *, backend: str = "torch"                        # "llama.cpp": it must also load there
