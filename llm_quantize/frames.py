@@ -23,10 +23,11 @@ def rounded(value):
     if isinstance(value, float): return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
 
-# %% ../nbs/52_frames.ipynb #frames-chart-series
+# %% ../nbs/52_frames.ipynb #frames-colors-0072b2-d55e00-009e73
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#b8a500") # Okabe and Ito; black as grey, yellow darker, for light and dark pages
 MARKERS = "os^Dv"                                                                                 # of matplotlib
 
+# %% ../nbs/52_frames.ipynb #frames-chart-series
 def chart_series(name: str, x, y,             # numbers, of the same length
                  color: int = 0,
                  *, line: bool = True,        # join the points?
@@ -37,6 +38,7 @@ def chart_series(name: str, x, y,             # numbers, of the same length
     "One line, or one set of points, of a chart."
     return {"name": name, "x": rounded(x), "y": rounded(y), "color": color, "line": line, "marker": marker, "dash": dash, "labels": labels}
 
+# %% ../nbs/52_frames.ipynb #frames-chart-frame
 def chart_frame(series: list,          # from `chart_series`
                 xlabel: str, ylabel: str,
                 *, log: str = "",      # axes that are logarithmic: "", "x", "y" or "xy"
@@ -55,6 +57,7 @@ def heat_grid(name: str,
     "One grid of a heat map."
     return {"name": name, "values": rounded(values), "marks": [list(m) for m in marks], "texts": texts}
 
+# %% ../nbs/52_frames.ipynb #frames-heat-frame
 def heat_frame(rows: list, grids: list,    # names of the rows; from `heat_grid`
                label: str,                 # what the colours mean
                *, xlabel: str = "block",
@@ -64,11 +67,13 @@ def heat_frame(rows: list, grids: list,    # names of the rows; from `heat_grid`
     "Grids of coloured cells."
     return {"kind": "heat", "rows": list(rows), "grids": grids, "label": label, "xlabel": xlabel, "follows": list(follows), "chosen": None, "alt": alt}
 
+# %% ../nbs/52_frames.ipynb #frames-html-frame
 def html_frame(text: str # HTML; what came from outside must have been escaped
               ) -> dict:
     "A table, or any other piece of a page."
     return {"kind": "html", "html": text}
 
+# %% ../nbs/52_frames.ipynb #frames-note-frame
 def note_frame(text: str) -> dict:
     "A sentence where nothing can be drawn."
     return html_frame(f'<p class="note">{html.escape(text)}</p>')
@@ -91,15 +96,27 @@ def need_extra(module: str): # "matplotlib", "ipywidgets"
         raise LLMQuantizeError(f"exploring in a notebook needs the package {module}, which is not installed",
                                "pip install 'llm_quantize[widgets]'; or write a page: to_html(\"page.html\")") from None
 
+# %% ../nbs/52_frames.ipynb #frames-place
 def _place(figure, left: float, right: float, bottom: float, top: float): # inches from the edges -> axes
     "Axes at a place that is known: finding one by drawing twice is what makes a figure slow."
     width, height = figure.get_size_inches()
     return figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height))
 
+# %% ../nbs/52_frames.ipynb #frames-numbers-2
 def _numbers(values: list) -> np.ndarray: return np.array([math.nan if v is None else v for v in values], dtype=float)
 
+# %% ../nbs/52_frames.ipynb #frames-logarithmic
+def _logarithmic(axis, name: str, values: list) -> None: # axes of matplotlib; "x" or "y"; what is drawn along it and positive
+    "Make an axis logarithmic, with numbers one can read; without values there is nothing to scale."
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+    if not values: return
+    axis.set(**{f"{name}scale": "log"})
+    one = getattr(axis, f"{name}axis")
+    if max(values) < 15 * min(values): one.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    one.set_minor_locator(NullLocator())
+    one.set_major_formatter(StrMethodFormatter("{x:g}"))
+
 def _draw_chart(frame: dict, width: float):
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
     from llm_quantize.plots import _Picture, _plain
     figure = _Picture(figsize=(width, 2.8))
     axis = _place(figure, 0.75, 0.1, 0.5, 0.15)
@@ -109,12 +126,7 @@ def _draw_chart(frame: dict, width: float):
                   marker=MARKERS[s["color"] % len(MARKERS)] if s["marker"] else "", markersize=5, label=s["name"])
         for at, to, text in zip(x, y, s["labels"] or ()): axis.annotate(text, (at, to), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axis.set(xlabel=frame["xlabel"], ylabel=frame["ylabel"])
-    for name in frame["log"]:
-        if not any((v or 0) > 0 for s in frame["series"] for v in s[name]): continue
-        axis.set(**{f"{name}scale": "log"})
-        one = getattr(axis, f"{name}axis")
-        one.set_minor_locator(NullLocator())
-        one.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for name in frame["log"]: _logarithmic(axis, name, [v for s in frame["series"] for v in s[name] if (v or 0) > 0])
     axis.tick_params(labelsize=8)
     if frame["ticks"]: axis.set_xticks(range(len(frame["ticks"])), frame["ticks"])
     if any(s["labels"] for s in frame["series"]): axis.margins(x=0.12, y=0.1)
@@ -123,6 +135,30 @@ def _draw_chart(frame: dict, width: float):
     _plain(axis)
     return figure
 
+# %% ../nbs/52_frames.ipynb #frames-label-cells
+def _label_cells(axis, grid: dict, array: np.ndarray, frame: dict, first: bool) -> None:
+    "Titles, ticks, and marks."
+    axis.set_ylim(len(array), 0)
+    axis.set_title(grid["name"], fontsize=9)
+    axis.set_xlabel(frame["xlabel"], fontsize=8)
+    axis.set_yticks(np.arange(len(array)) + 0.5, frame["rows"] if first else [""] * len(array), fontsize=8)
+    step = 1 + array.shape[1] // 16
+    axis.set_xticks(np.arange(0, array.shape[1], step) + 0.5, range(0, array.shape[1], step), fontsize=8)
+    axis.tick_params(length=0)
+    for row, column, _ in grid["marks"]: axis.plot(column + 0.5, row + 0.5, marker="*", color="white", markeredgecolor="#d55e00", markersize=11)
+
+# %% ../nbs/52_frames.ipynb #frames-write-cells
+def _write_cells(axis, grid: dict, array: np.ndarray, middle: float) -> None:
+    if not grid["texts"] or array.shape[1] > 14: return
+    for row, texts in enumerate(grid["texts"]):
+        for column, text in enumerate(texts): axis.text(column + 0.5, row + 0.5, text or "", ha="center", va="center", fontsize=7, color="#1a1a1a" if array[row, column] > middle else "white")
+
+# %% ../nbs/52_frames.ipynb #frames-outline
+def _outline(row: int, column: int):
+    from matplotlib.patches import Rectangle
+    return Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#d55e00", linewidth=2.5)
+
+# %% ../nbs/52_frames.ipynb #frames-draw-heat
 def _draw_heat(frame: dict, width: float):
     from llm_quantize.plots import _Picture
     grids, rows = frame["grids"], frame["rows"]
@@ -144,26 +180,7 @@ def _draw_heat(frame: dict, width: float):
     bar.ax.tick_params(labelsize=8)
     return figure
 
-def _label_cells(axis, grid: dict, array: np.ndarray, frame: dict, first: bool) -> None:
-    "Titles, ticks, and marks."
-    axis.set_ylim(len(array), 0)
-    axis.set_title(grid["name"], fontsize=9)
-    axis.set_xlabel(frame["xlabel"], fontsize=8)
-    axis.set_yticks(np.arange(len(array)) + 0.5, frame["rows"] if first else [""] * len(array), fontsize=8)
-    step = 1 + array.shape[1] // 16
-    axis.set_xticks(np.arange(0, array.shape[1], step) + 0.5, range(0, array.shape[1], step), fontsize=8)
-    axis.tick_params(length=0)
-    for row, column, _ in grid["marks"]: axis.plot(column + 0.5, row + 0.5, marker="*", color="white", markeredgecolor="#d55e00", markersize=11)
-
-def _write_cells(axis, grid: dict, array: np.ndarray, middle: float) -> None:
-    if not grid["texts"] or array.shape[1] > 14: return
-    for row, texts in enumerate(grid["texts"]):
-        for column, text in enumerate(texts): axis.text(column + 0.5, row + 0.5, text or "", ha="center", va="center", fontsize=7, color="#1a1a1a" if array[row, column] > middle else "white")
-
-def _outline(row: int, column: int):
-    from matplotlib.patches import Rectangle
-    return Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#d55e00", linewidth=2.5)
-
+# %% ../nbs/52_frames.ipynb #frames-draw-frame
 def draw_frame(frame: dict,
                width: float = 7.0 # inches
               ):                   # matplotlib Figure
