@@ -107,12 +107,12 @@ def _numbers(values: list) -> np.ndarray: return np.array([math.nan if v is None
 
 # %% ../nbs/52_frames.ipynb #frames-logarithmic
 def _logarithmic(axis, name: str, values: list) -> None: # axes of matplotlib; "x" or "y"; what is drawn along it and positive
-    "Make an axis logarithmic, with numbers one can read; without values there is nothing to scale."
+    "Make an axis logarithmic, with numbers one can read: from two powers of ten on only those; without values there is nothing to scale."
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
     if not values: return
     axis.set(**{f"{name}scale": "log"})
     one = getattr(axis, f"{name}axis")
-    if max(values) < 15 * min(values): one.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    if max(values) < 100 * min(values): one.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     one.set_minor_locator(NullLocator())
     one.set_major_formatter(StrMethodFormatter("{x:g}"))
 
