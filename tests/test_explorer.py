@@ -1,6 +1,9 @@
 "The state of an explorer: which frames a panel merges."
 import json
 import re
+import shutil
+import subprocess
+from importlib.resources import files
 
 import pytest
 
@@ -28,3 +31,13 @@ def test_the_page_merges_the_same_frames_in_the_same_order():
     [panel] = data["panels"]
     keys = [f"{a},0,{b}" for a in (0, 1) for b in (0, 1)] # as explorer.js nests its loops
     assert merge_frames([panel["pool"][panel["frames"][key]] for key in keys]) == pairs().frames()["all"]
+
+
+@pytest.mark.parametrize("values, least", [([0.446, 8.45], 5), ([1.1, 1.9], 3), ([1e-5, 0.1], 3), ([5.0, 5.0], 1)], ids=str)
+def test_the_script_finds_numbers_for_a_logarithmic_axis(values, least):
+    node = shutil.which("node") or pytest.skip("the axes of pages were not looked at: needs node (apt-get install nodejs)")
+    script = (files("llm_quantize") / "data" / "page" / "explorer.js").read_text(encoding="utf-8")
+    parts = [re.search(pattern, script, re.M | re.S)[0] for pattern in (r"^const short = .*?;$", r"^const axis = .*?^};$")]
+    done = subprocess.run([node, "-e", "\n".join([*parts, f"console.log(JSON.stringify(axis({values}, true, 0.06).ticks))"])], capture_output=True, text=True, check=True)
+    ticks = json.loads(done.stdout)
+    assert least <= len(ticks) <= 12 and all(0 <= at <= 1 for at, _ in ticks) and len({word for _, word in ticks}) == len(ticks)

@@ -97,7 +97,7 @@ const axis = (values, log, room) => {
   [low, high] = [low - pad, high + pad];
   const ticks = [], span = high - low;
   if (log && span > 2.2) for (let e = Math.ceil(low), step = Math.ceil(span / 6); e <= high; e += step) ticks.push([e, short(10 ** e)]);
-  else if (log) for (let e = Math.floor(low); e <= high; e++) for (const d of [1, 2, 3, 5, 7]) { const at = e + Math.log10(d); if (at >= low && at <= high) ticks.push([at, short(d * 10 ** e)]); }
+  else if (log) for (let e = Math.floor(low); e <= high; e++) for (const d of span > 0.5 ? [1, 2, 3, 5, 7] : [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9]) { const at = e + Math.log10(d); if (at >= low && at <= high) ticks.push([at, short(d * 10 ** e)]); }
   else { const raw = span / 6, unit = 10 ** Math.floor(Math.log10(raw)), step = unit * [1, 2, 5, 10].find(k => k * unit >= raw); for (let v = Math.ceil(low / step) * step; v <= high; v += step) ticks.push([v, short(v)]); }
   return { at: v => ((log ? Math.log10(v) : v) - low) / (high - low), ticks: ticks.map(([v, word]) => [(v - low) / (high - low), word]), ok: v => v !== null && (!log || v > 0) };
 };
