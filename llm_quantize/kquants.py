@@ -14,28 +14,33 @@ import torch
 from .blocks import ENCODERS, Encoder, Fields, Levels, digits, half_bytes, read_half
 from .scales import affine_search, steps, symmetric_search
 
-# %% ../nbs/05_kquants.ipynb #kquants-bytes
-def _bytes(*parts):
-    "Byte runs (..., run, blocks) in file order, as uint8."
-    return torch.cat([p.to(torch.uint8) for p in parts], -2)
-
+# %% ../nbs/05_kquants.ipynb #kquants-runs
 def _runs(codes, *shape):
     "Codes (..., groups, elements, blocks) in runs (..., *shape, blocks)."
     return codes.flatten(-3, -2).unflatten(-2, shape)
 
+def _bytes(*parts):
+    "Byte runs (..., run, blocks) in file order, as uint8."
+    return torch.cat([p.to(torch.uint8) for p in parts], -2)
+
+# %% ../nbs/05_kquants.ipynb #kquants-bits
 def _bits(codes, base):
     "Codes as their low part, below `base`, and the bits above it."
     high = (codes * (1 / base)).floor()
     return codes - base * high, high
 
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q2
-def pack_q2(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 84, blocks)
+def pack_q2(fields: Fields,       # d, dmin: (..., blocks); scales, mins: (..., 16, blocks), 0 to 15
+            codes: torch.Tensor   # (..., 16, 16, blocks), 0 to 3
+            ) -> torch.Tensor:    # (..., 84, blocks) uint8
     "scales[16] qs[64] d dmin"
     q = _runs(codes, 2, 4, 32)
     scales = fields["scales"].int() | fields["mins"].int() << 4
     return _bytes(scales, digits(q, 4).flatten(-3, -2), half_bytes(fields["d"]), half_bytes(fields["dmin"]))
 
-def unpack_q2(data: torch.Tensor) -> tuple: # fields, codes
+# %% ../nbs/05_kquants.ipynb #kquants-unpack-q2
+def unpack_q2(data: torch.Tensor # (..., 84, blocks) uint8
+              ) -> tuple:        # fields, and codes (..., 16, 16, blocks) float32
     "The way back."
     qs = data[..., 16:80, :].unflatten(-2, (2, 1, 32))
     q = torch.cat([qs >> shift & 3 for shift in (0, 2, 4, 6)], -3)
@@ -44,7 +49,9 @@ def unpack_q2(data: torch.Tensor) -> tuple: # fields, codes
     return fields, q.flatten(-4, -2).unflatten(-2, (16, 16)).float()
 
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q3
-def pack_q3(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 110, blocks)
+def pack_q3(fields: Fields,       # d: (..., blocks); scales: (..., 16, blocks), -32 to 31
+            codes: torch.Tensor   # (..., 16, 16, blocks), -4 to 3
+            ) -> torch.Tensor:    # (..., 110, blocks) uint8
     "hmask[32] qs[64] scales[12] d"
     low, high = _bits(codes + 4, 4)
     qs, hmask = digits(_runs(low, 2, 4, 32), 4), digits(_runs(high, 8, 32), 2)
@@ -53,7 +60,9 @@ def pack_q3(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 110, b
     top = sum(s[..., 4 * j:4 * j + 4, :] >> 4 << 2 * j for j in range(4))
     return _bytes(hmask, qs.flatten(-3, -2), nibbles, top, half_bytes(fields["d"]))
 
-def unpack_q3(data: torch.Tensor) -> tuple: # fields, codes
+# %% ../nbs/05_kquants.ipynb #kquants-unpack-q3
+def unpack_q3(data: torch.Tensor # (..., 110, blocks) uint8
+              ) -> tuple:        # fields, and codes (..., 16, 16, blocks) float32
     "The way back."
     qs = data[..., 32:96, :].unflatten(-2, (2, 1, 32))
     low = torch.cat([qs >> shift & 3 for shift in (0, 2, 4, 6)], -3).flatten(-4, -3)
@@ -64,14 +73,17 @@ def unpack_q3(data: torch.Tensor) -> tuple: # fields, codes
     return {"d": read_half(data[..., 108:110, :]), "scales": (s | top << 4).float() - 32}, q
 
 # %% ../nbs/05_kquants.ipynb #kquants-pack-scales
-def pack_scales(fields: Fields) -> torch.Tensor: # (..., 12, blocks)
+def pack_scales(fields: Fields       # scales, mins: (..., 8, blocks), 0 to 63
+                ) -> torch.Tensor:   # (..., 12, blocks) uint8
     "Eight 6-bit scales and eight 6-bit mins in twelve bytes, as Q4_K and Q5_K have them."
     s, m = fields["scales"].int(), fields["mins"].int()
     first = s[..., :4, :] | s[..., 4:, :] >> 4 << 6
     second = m[..., :4, :] | m[..., 4:, :] >> 4 << 6
     return _bytes(first, second, s[..., 4:, :] & 15 | (m[..., 4:, :] & 15) << 4)
 
-def unpack_scales(data: torch.Tensor) -> tuple: # scales and mins, each (..., 8, blocks) float32
+# %% ../nbs/05_kquants.ipynb #kquants-unpack-scales
+def unpack_scales(data: torch.Tensor # (..., 12, blocks) uint8
+                  ) -> tuple:        # scales and mins, each (..., 8, blocks) float32
     "The way back."
     first, second, third = data.split(4, -2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], -2)
@@ -79,12 +91,15 @@ def unpack_scales(data: torch.Tensor) -> tuple: # scales and mins, each (..., 8,
     return scales.float(), mins.float()
 
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q4
-def pack_q4(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 144, blocks)
+def pack_q4(fields: Fields,       # d, dmin: (..., blocks); scales, mins: (..., 8, blocks), 0 to 63
+            codes: torch.Tensor   # (..., 8, 32, blocks), 0 to 15
+            ) -> torch.Tensor:    # (..., 144, blocks) uint8
     "d dmin scales[12] qs[128]"
     qs = digits(_runs(codes, 4, 2, 32), 16)
     return _bytes(half_bytes(fields["d"]), half_bytes(fields["dmin"]), pack_scales(fields), qs.flatten(-3, -2))
 
-def unpack_q4(data: torch.Tensor) -> tuple: # fields, codes
+def unpack_q4(data: torch.Tensor # (..., 144, blocks) uint8
+              ) -> tuple:        # fields, and codes (..., 8, 32, blocks) float32
     "The way back."
     scales, mins = unpack_scales(data[..., 4:16, :])
     qs = data[..., 16:, :].unflatten(-2, (4, 32))
@@ -92,26 +107,32 @@ def unpack_q4(data: torch.Tensor) -> tuple: # fields, codes
     return {"d": read_half(data[..., :2, :]), "scales": scales, "dmin": read_half(data[..., 2:4, :]), "mins": mins}, q
 
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q5
-def pack_q5(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 176, blocks)
+def pack_q5(fields: Fields,       # as in `pack_q4`
+            codes: torch.Tensor   # (..., 8, 32, blocks), 0 to 31
+            ) -> torch.Tensor:    # (..., 176, blocks) uint8
     "d dmin scales[12] qh[32] qs[128]"
     low, high = _bits(codes, 16)
     qs, qh = digits(_runs(low, 4, 2, 32), 16), digits(high, 2)
     return _bytes(half_bytes(fields["d"]), half_bytes(fields["dmin"]), pack_scales(fields), qh, qs.flatten(-3, -2))
 
-def unpack_q5(data: torch.Tensor) -> tuple: # fields, codes
+def unpack_q5(data: torch.Tensor # (..., 176, blocks) uint8
+              ) -> tuple:        # fields, and codes (..., 8, 32, blocks) float32
     "The way back."
     fields, low = unpack_q4(torch.cat([data[..., :16, :], data[..., 48:, :]], -2))
     high = torch.stack([data[..., 16:48, :] >> j & 1 for j in range(8)], -3)
     return fields, low + 16 * high.float()
 
 # %% ../nbs/05_kquants.ipynb #kquants-pack-q6
-def pack_q6(fields: Fields, codes: torch.Tensor) -> torch.Tensor: # (..., 210, blocks)
+def pack_q6(fields: Fields,       # d: (..., blocks); scales: (..., 16, blocks), -128 to 127
+            codes: torch.Tensor   # (..., 16, 16, blocks), -32 to 31
+            ) -> torch.Tensor:    # (..., 210, blocks) uint8
     "ql[128] qh[64] scales[16] d"
     low, high = _bits(codes + 32, 16)
     ql, qh = digits(_runs(low, 2, 2, 64), 16), digits(_runs(high, 2, 4, 32), 4)
     return _bytes(ql.flatten(-3, -2), qh.flatten(-3, -2), fields["scales"].int() & 255, half_bytes(fields["d"]))
 
-def unpack_q6(data: torch.Tensor) -> tuple: # fields, codes
+def unpack_q6(data: torch.Tensor # (..., 210, blocks) uint8
+              ) -> tuple:        # fields, and codes (..., 16, 16, blocks) float32
     "The way back."
     ql, qh = data[..., :128, :].unflatten(-2, (2, 1, 64)), data[..., 128:192, :].unflatten(-2, (2, 1, 32))
     low = torch.cat([ql & 15, ql >> 4], -3).flatten(-4, -2)
@@ -120,14 +141,17 @@ def unpack_q6(data: torch.Tensor) -> tuple: # fields, codes
     return {"d": read_half(data[..., 208:210, :]), "scales": data[..., 192:208, :].contiguous().view(torch.int8).float()}, q
 
 # %% ../nbs/05_kquants.ipynb #kquants-grid
+_NEIGHBOURS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
+_STRETCHES = (0.7, 0.85, 0.9, 0.94, 0.98, 1.02, 1.06, 1.1, 1.15)
+
 def _grid(*axes):
     "All pairs of two tuples."
     return tuple((a, b) for a in axes[0] for b in axes[1])
 
-_NEIGHBOURS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
-_STRETCHES = (0.7, 0.85, 0.9, 0.94, 0.98, 1.02, 1.06, 1.1, 1.15)
+# %% ../nbs/05_kquants.ipynb #kquants-six-bits-dict-limits-0-63-su
 _SIX_BITS = dict(limits=(0, 63), super_ends=(63, 62.5, 62, 61.5, 61, 60.5, 58, 55, 51, 46, 40, 32), moves=_NEIGHBOURS, rounds=3)
 
+# %% ../nbs/05_kquants.ipynb #kquants-searches
 _SEARCHES = {
     "Q2_K": partial(affine_search, levels=Levels(0, 3), limits=(0, 15), starts=_grid((0.75, 0.9, 1.05, 1.2, 1.35), (0.25, 0.0, -0.25, -0.5)),
                     super_ends=(15, 14.5, 14, 13.5, 13, 12.5, 11.5, 10.5, 9, 7), moves=_NEIGHBOURS, rounds=3),
@@ -139,6 +163,8 @@ _SEARCHES = {
     "Q6_K": partial(symmetric_search, levels=Levels(-32, 31), limits=(-128, 127), ends=(-33.0, -32.5, -32.0, -31.5, -31.0, 31.2), heavy=(-32, -28, 31, 27),
                     super_ends=(-128, -127, -126, 127), moves=((0,), (-1,), (1,)), rounds=2),
 }
+
+# %% ../nbs/05_kquants.ipynb #kquants-layouts
 _LAYOUTS = {
     # name: groups, weights in a group, pack, unpack
     "Q2_K": (16, 16, pack_q2, unpack_q2), "Q3_K": (16, 16, pack_q3, unpack_q3), "Q4_K": (8, 32, pack_q4, unpack_q4),
