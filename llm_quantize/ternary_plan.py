@@ -19,17 +19,21 @@ from .recipes import Plan, PlannedTensor
 from .ternary import ternary_share
 
 # %% ../nbs/21_ternary_plan.ipynb #ternary_plan-rows
-_FIRST, _CHUNK = 4, 2 ** 22 # rows of a first look; weights of a part
-
 def _rows(checkpoint: Checkpoint, spec: GGUFTensor): # yields (rows, columns)
     "The matrices a tensor is made from."
     for source in spec.sources:
         weights = checkpoint.tensor(source)
         yield weights.reshape(-1, weights.shape[-1])
 
+# %% ../nbs/21_ternary_plan.ipynb #ternary_plan-glance
+_FIRST = 4 # rows of a first look
+
 def _glance(checkpoint: Checkpoint, spec: GGUFTensor) -> float: # share of ternary blocks
     "The first rows of a tensor."
     return ternary_share(next(_rows(checkpoint, spec))[:_FIRST].float())
+
+# %% ../nbs/21_ternary_plan.ipynb #ternary_plan-share
+_CHUNK = 2 ** 22 # weights of a part
 
 def _share(checkpoint: Checkpoint, spec: GGUFTensor) -> float: # share of ternary blocks
     "All rows of a tensor."
@@ -57,6 +61,7 @@ class TernaryFindings:
         "Whether most of the weights are in matrices that are ternary throughout."
         return 2 * sum(self.weights[name] for name in self.shares if self.shares[name] == 1) > sum(self.weights.values())
 
+# %% ../nbs/21_ternary_plan.ipynb #ternary_plan-find-ternary
 def find_ternary(checkpoint: Checkpoint,
                  specs: list,                      # GGUFTensors to look at
                  progress: "Callable | None" = None # (weights done, weights in all, tensor)
@@ -75,26 +80,30 @@ def find_ternary(checkpoint: Checkpoint,
 
 # %% ../nbs/21_ternary_plan.ipynb #ternary_plan-line
 KEPT = "Q8_0" # what is not ternary in a ternary model
-_INSTEAD = {  # what serves an ordinary model better, at the size of a ternary type
-    "TQ2_0": ("-q IQ2_XXS", "the same {:.2f} bits"), "TQ1_0": ("-q IQ1_M (or IQ1_S)", "about the same {:.2f} bits")}
 
 def _line(t: PlannedTensor, base: str, findings: TernaryFindings) -> PlannedTensor:
     "A line of the plan of a ternary model."
     if t.type == "F32": return t
     share, columns = findings.shares.get(t.name), t.shape[-1]
     if share == 1: type, why = base, "ternary: without loss"
-    elif share is not None: type, why = KEPT, f"not ternary ({'none' if share == 0 else f'{share:.1%}'} of its blocks)"
+    elif share is not None: type, why = KEPT, f"not ternary ({'none' if share == 0 else 'nearly all' if share > 0.9995 else f'{share:.1%}'} of its blocks)"
     elif t.kind in ("token_embd", "output"): type, why = KEPT, "never ternary, so kept precise"
     else: type, why = KEPT, f"rows of {columns} do not divide by {qtype(base).block_size}"
     if columns % qtype(type).block_size: type = qtype(type).fallback
     return replace(t, type=type, why=why, needs_imatrix=False)
 
+# %% ../nbs/21_ternary_plan.ipynb #ternary_plan-candidates
 def candidates(plan: Plan,  # of a ternary mix
                specs        # GGUFTensors in the same order
               ) -> list:    # GGUFTensors
     "The matrices that may be ternary: all that are quantized, but embedding and output, and whose rows divide into blocks."
     return [s for s, t in zip(specs, plan) if t.type != "F32" and t.kind not in ("token_embd", "output", "per_layer_token_embd") and t.shape[-1] % 256 == 0]
 
+# %% ../nbs/21_ternary_plan.ipynb #ternary_plan-instead-what-serves-an-ordin
+_INSTEAD = {  # what serves an ordinary model better, at the size of a ternary type
+    "TQ2_0": ("-q IQ2_XXS", "the same {:.2f} bits"), "TQ1_0": ("-q IQ1_M (or IQ1_S)", "about the same {:.2f} bits")}
+
+# %% ../nbs/21_ternary_plan.ipynb #ternary_plan-plan-ternary
 def plan_ternary(plan: Plan,                  # of the mix TQ1_0 or TQ2_0
                  base: str,                   # TQ1_0 or TQ2_0
                  findings: TernaryFindings,

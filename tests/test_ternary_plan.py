@@ -15,8 +15,8 @@ from llm_quantize.errors import ConversionError
 from llm_quantize.gguf_model import open_gguf
 from llm_quantize.gguf_plan import plan_gguf
 from llm_quantize.quantize import quantize
-from llm_quantize.recipes import plan_mix
-from llm_quantize.ternary_plan import candidates, find_ternary
+from llm_quantize.recipes import Plan, PlannedTensor, plan_mix
+from llm_quantize.ternary_plan import TernaryFindings, candidates, find_ternary, plan_ternary
 
 TYPE = {"TERNARY": "TQ2_0", "TQ2_0": "TQ2_0", "TQ1_0": "TQ1_0"}
 
@@ -124,6 +124,15 @@ def test_what_is_not_ternary_gets_a_good_type(trained, tmp_path, spoil, words):
     assert job.plan.counts == {"TQ2_0": 20, "F32": 7, "Q8_0": 2}
     result = quantize(folder, "gguf", "TERNARY", output_dir=tmp_path, device="cpu")
     assert lossless(job, result.output_path)[0] and max(t["error"] for t in result.tensors) < 1e-4
+
+
+@pytest.mark.parametrize("share, words", [(0.0, "none of"), (0.25, "25.0% of"), (0.9987, "99.9% of"), (1 - 1e-5, "nearly all of")])
+def test_a_matrix_that_is_not_ternary_is_never_said_to_be(share, words):
+    "One block of a hundred thousand rounds to 100.0%."
+    tensors = (PlannedTensor("blk.0.ffn_up.weight", (64, 512), "TQ2_0", ""), PlannedTensor("blk.0.ffn_down.weight", (64, 512), "TQ2_0", ""))
+    findings = TernaryFindings({tensors[0].name: share, tensors[1].name: 1.0}, {tensors[0].name: 1, tensors[1].name: 2}, False)
+    line = plan_ternary(Plan("TQ2_0", 37, tensors), "TQ2_0", findings)[tensors[0].name]
+    assert line.type == "Q8_0" and words in line.why and "100.0%" not in line.why
 
 
 def test_an_output_matrix_of_its_own_is_kept_precise(tmp_path):
