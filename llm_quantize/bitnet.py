@@ -30,9 +30,10 @@ def unpack_trits(packed: torch.Tensor # (rows / 4, columns) uint8
     if (codes == 3).any(): raise ConversionError("a packed BitNet matrix holds the code 3, which is no trit", "the checkpoint is damaged: download it again")
     return codes.float() - 1
 
-# %% ../nbs/22_bitnet.ipynb #bitnet-bitnetcheckpoint
+# %% ../nbs/22_bitnet.ipynb #bitnet-matrix-re-compile-r-layers-d
 _MATRIX = re.compile(r"layers\.\d+\..*proj\.weight$")
 
+# %% ../nbs/22_bitnet.ipynb #bitnet-bitnetcheckpoint
 class BitNetCheckpoint(Checkpoint):
     "A BitNet checkpoint that gives the matrices the model computes with."
 
@@ -73,6 +74,7 @@ class BitNetCheckpoint(Checkpoint):
     def parameters(self) -> int:
         return sum(torch.Size(self.shape(name)).numel() for name in self.names)
 
+# %% ../nbs/22_bitnet.ipynb #bitnet-plain-weights
 def plain_weights(checkpoint: Checkpoint) -> Checkpoint:
     "The checkpoint itself, or for a BitNet one whose matrices are packed or still to be rounded, one that gives them as floats."
     if isinstance(checkpoint, BitNetCheckpoint): return checkpoint
