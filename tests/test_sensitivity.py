@@ -142,3 +142,19 @@ def test_ranks_and_map():
     found = Sensitivity("m", {}, tuple(TensorCosts(f"blk.{i}.{kind}.weight", (8, 256), {"Q4_K": 0.1}) for i in range(3) for kind in ("attn_q", "ffn_up")))
     assert len(plot_sensitivity(found, "Q4_K").axes) == 2
     with pytest.raises(ArgumentError): plot_sensitivity(found, "Q6_K")
+
+
+def test_an_order_needs_two_tensors():
+    "One tensor at a type has no rank: its correlation was NaN, which no JSON may hold."
+    one = TensorCosts("blk.0.attn_q.weight", (8, 256), {"Q4_K": 0.1}, {"Q4_K": 0.2})
+    odd = TensorCosts("blk.0.ffn_down.weight", (8, 96), {"Q4_0": 0.3}, {"Q4_0": 0.5})
+    assert Sensitivity("m", {}, (one, odd)).correlation() is None
+    other = TensorCosts("blk.1.attn_q.weight", (8, 256), {"Q4_K": 0.2}, {"Q4_K": 0.3})
+    assert Sensitivity("m", {}, (one, odd, other)).correlation() == pytest.approx(1)
+
+
+def test_a_tensor_that_is_not_in_the_table():
+    "`StopIteration` would end a caller's loop in silence."
+    found = Sensitivity("m", {}, (TensorCosts("blk.0.attn_q.weight", (8, 256), {"Q4_K": 0.1}),))
+    assert found["blk.0.attn_q.weight"].predicted == {"Q4_K": 0.1}
+    with pytest.raises(ArgumentError, match="blk.9"): found["blk.9.attn_q.weight"]
