@@ -15,29 +15,42 @@ from .bitnet import BitNetCheckpoint, plain_weights
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
 
+# %% ../nbs/23_float_module.ipynb #float_module-settings
+def _settings(checkpoint: Checkpoint, changes: dict): # transformers configuration
+    "The config of a checkpoint for weights that are floats, with changes to its text part."
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
+    if isinstance(checkpoint, BitNetCheckpoint) and hasattr(config, "quantization_config"): del config.quantization_config # nor are the inputs of matrices rounded
+    for key, value in changes.items(): setattr(config.get_text_config(), key, value)
+    return config
+
+# %% ../nbs/23_float_module.ipynb #float_module-absent
+def _absent(info: dict # what the loader of transformers found
+              ) -> list: # names, with both shapes where these differ
+    "The tensors of a module that got no fitting weights."
+    return sorted(info["missing_keys"]) + [f"{name} of shape {' instead of '.join(str(tuple(shape)) for shape in shapes)}" for name, *shapes in sorted(info["mismatched_keys"])]
+
 # %% ../nbs/23_float_module.ipynb #float_module-float-module-2
 def float_module(checkpoint: Checkpoint,    # gives config and, without `weights`, the weights
                  dtype: torch.dtype,
                  device: str,
-                 weights: dict | None = None,    # Hugging Face name -> tensor
+                 weights: dict | None = None,    # Hugging Face name -> tensor; those of that dtype may be shared with the module
                  **changes):                     # settings of the config to change
     "A transformers causal language model in evaluation mode; raises `ConversionError` if weights and module do not fit each other."
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-    config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
-    if isinstance(checkpoint, BitNetCheckpoint): # its matrices come as floats, and the inputs of matrices are not rounded
-        weights = weights or {name: checkpoint.tensor(name) for name in checkpoint.names}
-        if hasattr(config, "quantization_config"): del config.quantization_config
-    for key, value in changes.items(): setattr(config.get_text_config(), key, value)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    config = _settings(checkpoint, changes)
+    if isinstance(checkpoint, BitNetCheckpoint): weights = weights or {name: checkpoint.tensor(name) for name in checkpoint.names}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConversionError(f"transformers has no causal language model for {type(config).__name__}", "use a text model")
     source = dict(state_dict=weights) if weights is not None else dict(local_files_only=True)
     with quiet_transformers():
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None if weights is not None else str(checkpoint.path), config=config, dtype=dtype, output_loading_info=True, **source)
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+            None if weights is not None else str(checkpoint.path), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source)
+    absent = _absent(info)
     if absent: raise ConversionError(f"{checkpoint.name}: {len(absent)} tensors of the model have no fitting weights, first: {absent[0]}", "complete the checkpoint")
     return model.to(device).eval().requires_grad_(False)
 
+# %% ../nbs/23_float_module.ipynb #float_module-load-float
 def load_float(model: "str | Path | Checkpoint",        # directory, Hub id or opened checkpoint
                *, dtype: torch.dtype = torch.float32,   # of weights and arithmetic
                device: str = "cpu"                      # where to put it
