@@ -33,11 +33,12 @@ def read_prompts(path: "str | Path | None" # .txt with one a line, .json or .jso
                 ) -> list:                 # of str
     "The bundled prompts, and those of a file; raises `CalibrationError` for a file without any."
     if path is None: return bundled_prompts()
-    own = read_text(path)
+    try: own = read_text(path)
+    except CalibrationError as error: # a text should have 100,000 words, prompts need one line
+        if "holds no text" not in error.message: raise
+        raise CalibrationError(error.message.replace("holds no text", "holds no prompts"), "write one a line") from None
     if Path(path).suffix.lower() not in (".json", ".jsonl"): own = [line for text in own for line in text.splitlines()]
-    own = [prompt.rstrip() for prompt in own if prompt.strip()]
-    if not own: raise CalibrationError(f"{path} holds no prompts", "write one a line")
-    return bundled_prompts() + own
+    return bundled_prompts() + [prompt.rstrip() for prompt in own if prompt.strip()]
 
 # %% ../nbs/41_coherence.ipynb #coherence-padded
 def _padded(tokenizer, prompts: list) -> tuple: # (prompts, longest) token numbers with padding on the left, and a mask

@@ -98,7 +98,10 @@ def test_prompts(tmp_path):
     (tmp_path / "p.json").write_text('["a\\nb", {"text": "c"}]')
     assert read_prompts(tmp_path / "p.txt")[-2:] == ["one", " two"] and read_prompts(tmp_path / "p.json")[-2:] == ["a\nb", "c"] and read_prompts(None) == bundled_prompts()
     (tmp_path / "no.txt").write_text("\n")
-    with pytest.raises(CalibrationError): read_prompts(tmp_path / "no.txt")
+    with pytest.raises(CalibrationError, match="no.txt holds no prompts") as caught: read_prompts(tmp_path / "no.txt")
+    assert caught.value.suggestion == "write one a line"
+    with pytest.raises(CalibrationError) as caught: read_prompts(tmp_path / "nowhere.txt")
+    assert "no prompts" not in caught.value.message
 
 
 def test_from_files(checkpoint, tmp_path):
