@@ -33,7 +33,7 @@ first/sample-4m: | $(VENV)/.installed
 	mkdir -p first
 	cd first && llm-quantize sample
 
-first/sample-4m-%.gguf: $(wildcard llm_quantize/*.py) | first/sample-4m
+first/sample-4m-%.gguf: $(shell find llm_quantize -name "*.py") | first/sample-4m
 	cd first && llm-quantize quantize sample-4m gguf -q $*
 
 test: export OMP_NUM_THREADS ?= $(shell echo $$(( ($$(nproc 2>/dev/null || echo 2) + $(JOBS) - 1) / $(JOBS) )))

@@ -28,10 +28,10 @@ BEGUN = time.perf_counter()
 
 import torch  # noqa: E402
 
-from llm_quantize.activations import LayerStack, run_windows
-from llm_quantize.calibration import bundled_text, load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import Checkpoint, sample_path
-from llm_quantize.importance import ActivationSums, collect
+from llm_quantize.models.layer_stack import LayerStack, run_windows
+from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import Checkpoint, sample_path
+from llm_quantize.calibration.collect import ActivationSums, collect
 
 
 def timed(action) -> float: # seconds
@@ -91,8 +91,8 @@ def memories(args) -> None:
 
 def beside_llama(args, ids) -> None:
     "Turns of llama-imatrix and of this package on the same windows."
-    from llm_quantize.imatrix import ImportanceMatrix
-    from llm_quantize.quantize import quantize
+    from llm_quantize.calibration.imatrix import ImportanceMatrix
+    from llm_quantize.api import quantize
     text, tokens, seconds = texts(args), ids.numel(), {"llama-imatrix, whole command": [], "llm-quantize analyze, whole command": [], "collect, without the imports": []}
     if not isinstance(text, str): [text] = text
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def beside_llama(args, ids) -> None:
         (folder / "text.txt").write_text(text, encoding="utf-8", newline="")
         count, threads = str(len(ids)), str(args.threads)
         theirs = [args.llama_imatrix, "-m", str(model), "-f", str(folder / "text.txt"), "-o", str(folder / "theirs.gguf"), "-c", "512", "--chunks", count, "-t", threads, "--no-ppl"]
-        ours = [sys.executable, "-m", "llm_quantize.cli", "analyze", str(args.model), "-o", str(folder / "ours.imatrix"), "--calibration-data", str(folder / "text.txt"), "--calibration-samples", count,
+        ours = [sys.executable, "-m", "llm_quantize.cli.main", "analyze", str(args.model), "-o", str(folder / "ours.imatrix"), "--calibration-data", str(folder / "text.txt"), "--calibration-samples", count,
                 "--checkpoint-dir", str(folder / "state")]
         command = lambda words: lambda: subprocess.run(words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""})
         actions = dict(zip(seconds, (command(theirs), command(ours), lambda: collect(args.model, ids, device="cpu"))))

@@ -9,11 +9,12 @@ import sys
 
 import torch
 
-from llm_quantize.calibration import bundled_text, load_tokenizer, windows
-from llm_quantize.checkpoint import open_checkpoint, sample_path
-from llm_quantize.coherence import PARTS, bundled_prompts, coherence, continuations
-from llm_quantize.decoded import load_float, load_quantized
-from llm_quantize.scores import score_windows, statistics
+from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
+from llm_quantize.models.checkpoint import open_checkpoint, sample_path
+from llm_quantize.quality.coherence import PARTS, bundled_prompts, coherence, continuations
+from llm_quantize.models.reference import load_float
+from llm_quantize.quality.quantized_model import load_quantized
+from llm_quantize.quality.metrics import score_windows, statistics
 
 
 def shuffled(checkpoint, device: str):

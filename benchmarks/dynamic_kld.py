@@ -10,11 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_quantize.cached_imatrix import cached_imatrix
-from llm_quantize.gguf_plan import plan_dynamic
-from llm_quantize.profiles import Profile, Target
-from llm_quantize.quality import compare
-from llm_quantize.quantize import quantize
+from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.gguf.plan import plan_dynamic
+from llm_quantize.gguf.profiles import Profile, Target
+from llm_quantize.quality.evaluate import compare
+from llm_quantize.api import quantize
 
 
 def made(args, mix, imatrix, folder): # {kind: result}, seconds to plan and to write

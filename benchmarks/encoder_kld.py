@@ -10,16 +10,16 @@ Embeddings, output and norms stay as they are.
 import argparse
 from dataclasses import replace
 
-from llm_quantize import blocks
-from llm_quantize.architectures import architecture
-from llm_quantize.blocks import ENCODERS
-from llm_quantize.calibration import load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import open_checkpoint
-from llm_quantize.codec import dequantize, quantize
-from llm_quantize.decoded import load_float
-from llm_quantize.imatrix import ImportanceMatrix
-from llm_quantize.qtypes import qtype
-from llm_quantize.scores import score_windows
+from llm_quantize.quants import blocks
+from llm_quantize.models.architectures import architecture
+from llm_quantize.quants.blocks import ENCODERS
+from llm_quantize.calibration.text import load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import open_checkpoint
+from llm_quantize.quants.codec import decode, encode
+from llm_quantize.models.reference import load_float
+from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.quants.qtypes import qtype
+from llm_quantize.quality.metrics import score_windows
 
 
 def fill(model, tensors, checkpoint, imatrix, name, way):
@@ -33,7 +33,7 @@ def fill(model, tensors, checkpoint, imatrix, name, way):
         x = tensor.load(checkpoint).float().contiguous()
         rows = x.flatten(0, -2)
         importance = imatrix.importance(tensor.name, rows.shape[1]).contiguous()
-        decoded = dequantize(quantize(rows, name, importance, search=search, compile=True), name)
+        decoded = decode(encode(rows, name, importance, search=search, compile=True), name)
         lost.append(((importance * (decoded - rows).square()).sum() / (importance * rows.square()).sum()).item())
         for target, weights in tensor.to_hf(decoded.view_as(x)).items(): parameters[target].copy_(weights)
     for table, before in zip((blocks.ENCODERS, blocks.THOROUGH), encoders): table.update(before)

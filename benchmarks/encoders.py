@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from llm_quantize.blocks import ENCODERS
-from llm_quantize.codec import quantize
+from llm_quantize.quants.blocks import ENCODERS
+from llm_quantize.quants.codec import encode
 
 COLUMNS = 4096
 
@@ -34,7 +34,7 @@ def reference(name, x, importance, threads):
     "A function that encodes `x` with llama.cpp's library, or None."
     if find_spec("llama_cpp") is None: return None
     parts, pool = x.chunk(threads), ThreadPoolExecutor(threads)
-    return lambda: list(pool.map(lambda rows: quantize(rows, name, importance, search="reference"), parts))
+    return lambda: list(pool.map(lambda rows: encode(rows, name, importance, search="reference"), parts))
 
 
 def best(function, weights, rounds):
@@ -53,7 +53,7 @@ def first_call(name, device, rows, search):
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        quantize(x, name, importance, search=search, compile=True)
+        encode(x, name, importance, search=search, compile=True)
         if device != "cpu": torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[0] - seconds[1]
@@ -69,7 +69,7 @@ def measure(name, threads, rows, rounds, device, search):
     x, importance = x.to(device), importance.to(device)
     for compiled in (False, True):
         def run():
-            quantize(x, name, importance, search=search, compile=compiled)
+            encode(x, name, importance, search=search, compile=compiled)
             if device != "cpu": torch.cuda.synchronize()
         run()
         speeds.append(best(run, x.numel(), rounds))

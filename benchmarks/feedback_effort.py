@@ -10,9 +10,9 @@ import time
 import torch
 
 from feedback_kld import Judge
-from llm_quantize.architectures import architecture
-from llm_quantize.checkpoint import open_checkpoint
-from llm_quantize.encode_ahead import EFFORTS, Effort, encode_ahead
+from llm_quantize.models.architectures import architecture
+from llm_quantize.models.checkpoint import open_checkpoint
+from llm_quantize.gguf.feedback_pass import EFFORTS, Effort, encode_ahead
 
 
 def main():

@@ -12,16 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from llm_quantize.activations import LayerStack
-from llm_quantize.architectures import architecture
-from llm_quantize.calibration import load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import open_checkpoint
-from llm_quantize.codec import dequantize, quantize
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.models.architectures import architecture
+from llm_quantize.calibration.text import load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import open_checkpoint
+from llm_quantize.quants.codec import decode, encode
 from llm_quantize.errors import ArgumentError
-from llm_quantize.feedback import feedback_encode
-from llm_quantize.float_module import load_float
-from llm_quantize.hessian import second_moments
-from llm_quantize.tuning import tune
+from llm_quantize.quants.error_feedback import feedback_encode
+from llm_quantize.models.reference import load_float
+from llm_quantize.calibration.hessian import second_moments
+from llm_quantize.gguf.scale_tuning import tune
 
 TYPES = ["Q3_K", "IQ2_XXS", "Q2_K", "IQ1_S", "IQ3_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "Q4_K", "IQ4_XS"]
 
@@ -40,7 +40,7 @@ class Judge:
         parameters, before = dict(self.model.named_parameters()), dict(self.original.named_parameters())
         for name, p in parameters.items(): p.copy_(before[name])
         for spec in self.specs:
-            if spec.name in encoded: weights = dequantize(encoded[spec.name][1].to(self.device), encoded[spec.name][0]).view(spec.shape)
+            if spec.name in encoded: weights = decode(encoded[spec.name][1].to(self.device), encoded[spec.name][0]).view(spec.shape)
             elif spec.name in norms: weights = norms[spec.name]
             else: continue
             for name, w in spec.to_hf(weights).items(): parameters[name].copy_(w)
@@ -56,7 +56,7 @@ class Judge:
 
 def reference(weights, name, moments):
     "llama.cpp's encoder, on all cores."
-    def one(item): return item[0], (name, quantize(item[1].cpu(), name, moments[item[0]][0].diagonal().contiguous().cpu(), search="reference"))
+    def one(item): return item[0], (name, encode(item[1].cpu(), name, moments[item[0]][0].diagonal().contiguous().cpu(), search="reference"))
     with ThreadPoolExecutor() as pool: return dict(pool.map(one, weights.items()))
 
 
@@ -95,7 +95,7 @@ def main():
         if time.monotonic() - begun > args.seconds: break
         first, done = None, {}
         steps = {"reference": lambda: (reference(weights, name, plain), {}),
-                 "search": lambda: ({k: (name, quantize(w, name, plain[k][0].diagonal().contiguous())) for k, w in weights.items()}, {}),
+                 "search": lambda: ({k: (name, encode(w, name, plain[k][0].diagonal().contiguous())) for k, w in weights.items()}, {}),
                  "feedback": lambda: (fed(weights, name, plain), {}), "end-loss": lambda: (fed(weights, name, end_loss), {}),
                  "descent": lambda: (fed(weights, name, end_loss, readings=3), {}),
                  "tuned": lambda: (lambda t: (done["descent"] | t.encoded, t.norms))(tune(checkpoint, specs, done["descent"], ids, epochs=args.epochs, batch=4, device=args.device))}

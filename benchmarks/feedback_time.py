@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from analyze import RandomCheckpoint
-from llm_quantize.activations import LayerStack
-from llm_quantize.encode_ahead import Effort, _encode_layer
-from llm_quantize.hessian import second_moments
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.gguf.feedback_pass import Effort, _encode_layer
+from llm_quantize.calibration.hessian import second_moments
 
 
 def main():

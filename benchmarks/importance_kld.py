@@ -16,13 +16,14 @@ import llama_cpp
 import numpy as np
 import torch
 
-from llm_quantize.calibration import bundled_text, load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import open_checkpoint, sample_path
-from llm_quantize.decoded import load_float, load_quantized
-from llm_quantize.imatrix import ImportanceMatrix
-from llm_quantize.importance import METHODS, collect
-from llm_quantize.scores import score_windows
-from llm_quantize.quantize import quantize
+from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import open_checkpoint, sample_path
+from llm_quantize.models.reference import load_float
+from llm_quantize.quality.quantized_model import load_quantized
+from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.calibration.collect import METHODS, collect
+from llm_quantize.quality.metrics import score_windows
+from llm_quantize.api import quantize
 
 QUIET = llama_cpp.llama_log_callback(lambda *_: None)
 

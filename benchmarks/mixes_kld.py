@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from llm_quantize import blocks
-from llm_quantize.calibration import load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import open_checkpoint
-from llm_quantize.codec import SEARCHES
-from llm_quantize.decoded import load_float, load_quantized
-from llm_quantize.imatrix import ImportanceMatrix
-from llm_quantize.scores import score_windows
-from llm_quantize.quantize import quantize
+from llm_quantize.quants import blocks
+from llm_quantize.calibration.text import load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import open_checkpoint
+from llm_quantize.quants.codec import SEARCHES
+from llm_quantize.models.reference import load_float
+from llm_quantize.quality.quantized_model import load_quantized
+from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.quality.metrics import score_windows
+from llm_quantize.api import quantize
 
 MIXES = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL", "Q2_K", "Q3_K_M", "Q4_K_M", "TQ2_0"]
 

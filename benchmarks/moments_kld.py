@@ -10,11 +10,11 @@ import time
 import torch
 
 from feedback_kld import Judge, fed
-from llm_quantize import hessian
-from llm_quantize.activations import LayerStack
-from llm_quantize.architectures import architecture
-from llm_quantize.calibration import load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import open_checkpoint
+from llm_quantize.calibration import hessian
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.models.architectures import architecture
+from llm_quantize.calibration.text import load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import open_checkpoint
 
 
 def tempered(power):

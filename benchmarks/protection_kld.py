@@ -18,22 +18,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llm_quantize.architectures import architecture
-from llm_quantize.cached_imatrix import cached_imatrix
-from llm_quantize.calibration import bundled_text, load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import open_checkpoint, sample_path
-from llm_quantize.codec import dequantize
-from llm_quantize.decoded import load_quantized
-from llm_quantize.encode_ahead import EncodedAhead
-from llm_quantize.float_module import load_float
-from llm_quantize.gguf_plan import plan_gguf
-from llm_quantize.imatrix import ImportanceMatrix
-from llm_quantize.profiles import sensitivity_path
-from llm_quantize.protection import _with_types, encode_all, exchange, finish, protect, scaled_importance, up_of
-from llm_quantize.quality import score_windows
-from llm_quantize.quantize import quantize
-from llm_quantize.sensitivity import measure_sensitivity
-from llm_quantize.super_weights import find_super_weights
+from llm_quantize.models.architectures import architecture
+from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import open_checkpoint, sample_path
+from llm_quantize.quants.codec import decode
+from llm_quantize.quality.quantized_model import load_quantized
+from llm_quantize.gguf.feedback_pass import EncodedAhead
+from llm_quantize.models.reference import load_float
+from llm_quantize.gguf.plan import plan_gguf
+from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.gguf.profiles import sensitivity_path
+from llm_quantize.gguf.protection import _with_types, encode_all, exchange, finish, protect, scaled_importance, up_of
+from llm_quantize.quality.metrics import score_windows
+from llm_quantize.api import quantize
+from llm_quantize.calibration.sensitivity import measure_sensitivity
+from llm_quantize.calibration.super_weights import find_super_weights
 
 
 def plant(checkpoint, imatrix, factor, folder):
@@ -60,7 +60,7 @@ def module_of(checkpoint, job, encoded, norms=()):
     with torch.no_grad():
         for spec in job.specs:
             if spec.name in encoded:
-                for name, w in spec.to_hf(dequantize(encoded[spec.name], types[spec.name]).view(spec.shape)).items(): parameters[name].copy_(w)
+                for name, w in spec.to_hf(decode(encoded[spec.name], types[spec.name]).view(spec.shape)).items(): parameters[name].copy_(w)
     return model
 
 

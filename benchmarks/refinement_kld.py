@@ -11,13 +11,13 @@ import argparse
 import torch
 
 from feedback_kld import Judge, fed
-from llm_quantize.activations import LayerStack
-from llm_quantize.architectures import architecture
-from llm_quantize.calibration import load_tokenizer, read_text, windows
-from llm_quantize.checkpoint import open_checkpoint
-from llm_quantize.codec import dequantize
-from llm_quantize.hessian import second_moments
-from llm_quantize.tuning import tune
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.models.architectures import architecture
+from llm_quantize.calibration.text import load_tokenizer, read_text, windows
+from llm_quantize.models.checkpoint import open_checkpoint
+from llm_quantize.quants.codec import decode
+from llm_quantize.calibration.hessian import second_moments
+from llm_quantize.gguf.scale_tuning import tune
 
 READERS = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"), ("ffn_down",)) # that share channel scales
 
@@ -37,7 +37,7 @@ def scaled(weights, name, moments, power, **options):
     "Feedback on scaled channels; decoded weights in the frame of the original."
     one = {n: torch.ones(w.shape[1], device=w.device) for n, w in weights.items()} | scales_of(moments, power)
     turned = fed({n: w * one[n] for n, w in weights.items()}, name, {n: m / one[n] / one[n].unsqueeze(-1) for n, m in moments.items()}, **options)
-    return {n: dequantize(data, name).view(weights[n].shape) / one[n] for n, (_, data) in turned.items()}
+    return {n: decode(data, name).view(weights[n].shape) / one[n] for n, (_, data) in turned.items()}
 
 
 def row(klds, first):

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llm_quantize.calibration import bundled_text, load_tokenizer, windows
-from llm_quantize.checkpoint import open_checkpoint
-from llm_quantize.quality import compare
-from llm_quantize.smoothing import ModelFolds, fold_tensor
-from llm_quantize.smoothquant import smoothquant
+from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
+from llm_quantize.models.checkpoint import open_checkpoint
+from llm_quantize.quality.evaluate import compare
+from llm_quantize.compressed.smoothing import ModelFolds, fold_tensor
+from llm_quantize.compressed.convert import smoothquant
 
 SIZE = 256
 OURS = {"none": dict(alpha=None), "0.5": dict(alpha=0.5), "0.8": dict(alpha=0.8), "auto": dict(alpha="auto"), "auto, feedback": dict(alpha="auto", error_feedback=True),

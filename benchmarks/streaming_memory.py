@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llm_quantize.checkpoint import sample_path
+from llm_quantize.models.checkpoint import sample_path
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 4096  # Llama-3-8B's blocks, the sample tokenizer's vocabulary
 
@@ -58,7 +58,7 @@ def main():
         folder = Path(folder)
         size, largest = make_checkpoint(folder / "model", args.gigabytes)
         start = time.monotonic()
-        run = subprocess.run([sys.executable, "-m", "llm_quantize.cli", "--format", "json", "quantize", str(folder / "model"), "gguf", "-q", args.type, "-o", str(folder)],
+        run = subprocess.run([sys.executable, "-m", "llm_quantize.cli.main", "--format", "json", "quantize", str(folder / "model"), "gguf", "-q", args.type, "-o", str(folder)],
                              stdout=subprocess.PIPE, text=True)
         seconds = time.monotonic() - start
         result = json.loads(run.stdout)

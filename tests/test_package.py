@@ -47,13 +47,13 @@ def test_the_wheel_holds_model_texts_and_command(built):
     modules = {f"llm_quantize/{p.name}" for p in (ROOT / "llm_quantize").glob("*.py")}
     data = {str(p.relative_to(ROOT)) for p in (ROOT / "llm_quantize" / "data").rglob("*") if p.is_file()}
     assert modules | data <= names and "llm_quantize/data/sample-4m/model.safetensors" in data
-    assert "llm-quantize=llm_quantize.cli:main" in points.replace(" ", "") and not [n for n in names if n.startswith(("tests/", "nbs/", "benchmarks/"))]
+    assert "llm-quantize=llm_quantize.cli.main:main" in points.replace(" ", "") and not [n for n in names if n.startswith(("tests/", "nbs/", "benchmarks/"))]
 
 
 def test_the_wheel_runs_where_there_is_no_clone(built, tmp_path):
     [wheel] = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as file: file.extractall(tmp_path / "site")
-    code = "import sys, llm_quantize; from llm_quantize.cli import main; print(llm_quantize.__file__); sys.exit(main(sys.argv[1:]))"
+    code = "import sys, llm_quantize; from llm_quantize.cli.main import main; print(llm_quantize.__file__); sys.exit(main(sys.argv[1:]))"
     run = lambda *words: subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     said = run("sample")
     assert said.returncode == 0 and said.stdout.startswith(str(tmp_path / "site")), said.stderr

@@ -12,17 +12,27 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llm_quantize"
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-MODULES = sorted(p for p in (ROOT / "llm_quantize").glob("*.py") if not p.name.startswith("_"))
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_"))
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|tmp|root|home|Users|farm)/[\w.-]")
 EXPORT = re.compile(r"^#\| *exports? *$", re.M)
+# Packages and rooms of their own, lowest floor first: what stands further down the list may import what stands above it.
+FLOORS = ("errors", "display", "files", "quants", "models", "calibration", ("compressed", "gguf"), "quality", "api",
+          ("acceptance", "explore"), "cli")
 # Modules that must not bring torch or transformers with them: they are imported before the command line knows what it is asked to do.
-LIGHT = ("errors", "qtypes", "console", "profile_verbs", "quantize_verb", "cli")
-COMMAND = ("console", "profile_verbs", "quantize_verb", "cli")
-WIDTH, LENGTH = 200, 500  # what no line and no module may exceed; 160 columns and 350 lines are the aim
+LIGHT = ("", ".errors", ".display", ".quants.qtypes", ".cli.console", ".cli.profile", ".cli.quantize", ".cli.main")
+WIDTH, LENGTH, FUNCTION, CELL = 120, 400, 60, 45  # columns; lines of a module, a function, an exported cell
 
 
-def name(path): return path.stem
+def dotted(path):
+    "The name of a module within the package: quants.qtypes."
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def place(path):
+    "A notebook by its path in nbs/."
+    return str(path.relative_to(ROOT / "nbs").with_suffix(""))
 
 
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -33,30 +43,47 @@ def source(cell): return "".join(cell["source"])
 
 def module_of(path):
     "The module a notebook exports, or None."
-    found = re.search(r"^#\| *default_exp +(\w+)", "\n".join(map(source, cells(path))), re.M)
+    found = re.search(r"^#\| *default_exp +([\w.]+)", "\n".join(map(source, cells(path))), re.M)
     return found[1] if found else None
 
 
 def numbers():
-    "Module -> number of its notebook."
-    return {module_of(p): int(p.name[:2]) for p in NOTEBOOKS if p.name[:2].isdigit() and module_of(p)}
+    "Module -> (floor, number of its notebook)."
+    found = {}
+    for path in NOTEBOOKS:
+        module = module_of(path)
+        if module is None: continue
+        first = module.split(".")[0]
+        floor = next(i for i, names in enumerate(FLOORS) if first in ((names,) if isinstance(names, str) else names))
+        found[module] = (floor, int(path.name[:2]) if "." in module else 0)
+    return found
 
 
-def imports_of(text):
-    "The modules of this package that a source text imports, at the top or inside functions."
-    found = set()
+def imports_of(text, module=""):
+    "The modules of this package that a source text imports, at the top or inside functions, with the names it takes: (module, name)."
+    known, found = {dotted(p) for p in MODULES}, set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "llm_quantize"):
-            rest = (node.module or "").removeprefix("llm_quantize").lstrip(".")
-            found |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names if not alias.name.startswith("__")}
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("llm_quantize.")}
+            found |= {(alias.name.removeprefix("llm_quantize."), "") for alias in node.names if alias.name.startswith("llm_quantize.")}
+        if not isinstance(node, ast.ImportFrom): continue
+        if node.level: base = module.split(".")[:-node.level] if "." in module or node.level == 1 else []
+        elif (node.module or "").split(".")[0] == "llm_quantize": base = []
+        else: continue
+        whole = [*base, *filter(None, (node.module or "").removeprefix("llm_quantize").strip(".").split("."))]
+        for alias in node.names:
+            own = ".".join([*whole, alias.name])
+            if own in known: found.add((own, ""))
+            elif whole: found.add((".".join(whole), alias.name))
     return found
 
 
 def upward(module, text, number):
-    "Imports that climb: from a room of the same or a higher number, or from none."
-    return sorted(other for other in imports_of(text) if number.get(other, 1000) >= number[module])
+    "Imports that climb: from a higher floor, from a neighbour on the same one, or from a room of the same or a higher number."
+    def allowed(other):
+        if other not in number: return other in {m.rsplit(".", 1)[0] for m in number} and number[module][0] > 0
+        if other.split(".")[0] == module.split(".")[0] and "." in other: return number[other] < number[module]
+        return number[other][0] < number[module][0]
+    return sorted({other for other, _ in imports_of(text, module) if not allowed(other)})
 
 
 def site_tool():
@@ -69,46 +96,69 @@ def site_tool():
 # ---- floors ------------------------------------------------------------------------------------------------
 
 def test_every_module_has_its_notebook():
-    assert sorted(map(name, MODULES)) == sorted(numbers())
+    assert sorted(map(dotted, MODULES)) == sorted(numbers())
 
 
-def test_numbers_are_unique():
-    assert len({p.name[:2] for p in NOTEBOOKS if p.name[:2].isdigit()}) == len([p for p in NOTEBOOKS if p.name[:2].isdigit()])
+def test_notebooks_stand_where_their_modules_do():
+    wrong = {}
+    for path in NOTEBOOKS:
+        module = module_of(path)
+        if module and module != re.sub(r"(^|/)\d\d_", r"\1", place(path)).replace("/", "."): wrong[place(path)] = module
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
+@pytest.mark.parametrize("package", [p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()])
+def test_numbers_of_a_package_start_at_one_and_have_no_hole(package):
+    found = sorted(int(p.name[:2]) for p in (ROOT / "nbs" / package).glob("[0-9]*.ipynb"))
+    assert found == list(range(1, len(found) + 1))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_a_room_imports_only_from_below(path):
-    assert upward(path.stem, path.read_text(encoding="utf-8"), numbers()) == []
+    assert upward(dotted(path), path.read_text(encoding="utf-8"), numbers()) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_no_private_name_leaves_its_package(path):
+    own = dotted(path).split(".")[0] if "." in dotted(path) else ""
+    taken = imports_of(path.read_text(encoding="utf-8"), dotted(path))
+    assert not [f"{module}.{name}" for module, name in taken if name.startswith("_") and not name.startswith("__") and module.split(".")[0] != own]
 
 
 def test_a_climbing_import_is_caught():
-    number = {"errors": 0, "qtypes": 1, "cli": 50}
-    assert upward("qtypes", "from .errors import X", number) == []
-    for text in ("from .cli import main", "from llm_quantize.cli import main", "from . import cli", "import llm_quantize.cli",
-                 "def f():\n    from .cli import main", "from .qtypes import QType", "from .nowhere import x"):
-        assert upward("qtypes", text, number), text
+    number = numbers()
+    assert upward("quants.blocks", "from .qtypes import QTYPES\nfrom ..errors import X", number) == []
+    for text in ("from ..cli.main import main", "from llm_quantize.cli.main import main", "from ..cli import main", "import llm_quantize.cli.main",
+                 "def f():\n    from ..cli.main import main", "from .codec import encode", "from llm_quantize.models.rope import x"):
+        assert upward("quants.blocks", text, number), text
+    assert upward("gguf.mixes", "from ..compressed.int8 import LARGEST", number)
 
 
 # ---- modules -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
+def too_long(text, limit=FUNCTION):
+    "Functions of more lines than that: name -> lines."
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return {node.name: lines for node in nodes if (lines := node.end_lineno - node.body[0].lineno + 1) > limit}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_module_is_small_and_plain(path):
     text = path.read_text(encoding="utf-8")
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 40}
-    wide = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH and i > 1]
-    assert not long and not wide
+    lines = text.splitlines()
+    assert not too_long(text)
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > WIDTH and number > 1]
     assert "import *" not in text and "@patch" not in text
-    assert len(text.splitlines()) <= LENGTH
+    assert len(lines) <= LENGTH
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.stem not in COMMAND], ids=name)
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name != "cli"], ids=dotted)
 def test_library_never_prints(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_public_names_have_docstrings(path):
     nodes = ast.parse(path.read_text(encoding="utf-8")).body
     assert not [n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)]
@@ -116,7 +166,7 @@ def test_public_names_have_docstrings(path):
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_leave_torch_alone(module):
-    code = f"import sys, llm_quantize.{module}; print(*[m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    code = f"import sys, llm_quantize{module}; print(*[m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
@@ -124,16 +174,48 @@ def test_light_modules_leave_torch_alone(module):
 
 # ---- notebooks ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
 def test_notebook_opens_with_title_and_answer(path):
     first = source(cells(path)[0])
     assert re.match(r"# \S.*\n+> \S", first), "the first cell is `# name`, then `> one sentence`"
-    if path.name[:2].isdigit():
-        assert module_of(path) == path.stem[3:]
-        assert first.splitlines()[0] == f"# {module_of(path)}"
+    if module_of(path): assert first.splitlines()[0] == f"# {module_of(path).split('.')[-1]}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def cell_faults(found):
+    "What is wrong with the exported cells of a notebook: too long, or without a word or an output between two of them."
+    faults, before = [], False
+    for cell in found:
+        text = source(cell)
+        exported = cell["cell_type"] == "code" and EXPORT.search(text) is not None
+        imports = exported and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(text).body)
+        lines = text.splitlines()
+        if exported and not imports and len(lines) > CELL + 1: faults.append(f"{cell['id']}: {len(lines)} lines")
+        if exported and before and not imports: faults.append(f"{cell['id']}: follows another exported cell without a sentence between")
+        before = exported and not imports
+    return faults
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
+def test_exported_cells_are_short_and_explained(path):
+    assert not cell_faults(cells(path))
+
+
+def test_a_bad_cell_is_caught():
+    def cell(kind, *lines): return {"cell_type": kind, "id": "x", "source": [line + "\n" for line in lines]}
+    short = cell("code", "#| export", "x = 1")
+    assert not cell_faults([cell("code", "#| export", "import re"), short, cell("markdown", "Then:"), short])
+    assert cell_faults([short, short])
+    assert cell_faults([cell("code", "#| export", *["x = 1"] * (CELL + 1))])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
+def test_cells_are_not_wide(path):
+    wide = [(cell["id"], line[:60]) for cell in cells(path) if cell["cell_type"] == "code" for line in source(cell).splitlines()
+            if len(line) > WIDTH and not line.startswith("#| fig-alt")]
+    assert not wide
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
 def test_cell_ids_are_readable_and_stable(path):
     ids = [cell["id"] for cell in cells(path)]
     stem = re.sub(r"^\d+_", "", path.stem)
@@ -142,7 +224,7 @@ def test_cell_ids_are_readable_and_stable(path):
     assert len(ids) <= 100
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
 def test_imports_have_cells_of_their_own(path):
     mixed = []
     for cell in cells(path):
@@ -164,7 +246,7 @@ def output_faults(outputs):
     return faults + [f"picture of {len(base64.b64decode(p)) // 1024} KB" for p in pictures if len(base64.b64decode(p)) > 60 * 1024]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
 def test_stored_outputs_are_small_and_the_same_everywhere(path):
     found = {cell["id"]: output_faults(cell["outputs"]) for cell in cells(path) if cell["cell_type"] == "code"}
     assert not {k: v for k, v in found.items() if v}
@@ -181,7 +263,7 @@ def test_a_bad_output_is_caught(fault, output):
     assert output_faults([{"output_type": "stream", "text": ["4.5 bits, see llm_quantize/data/text\n"]}]) == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
 def test_prose_uses_only_what_both_renderers_know(path):
     prose = [source(cell) for cell in cells(path) if cell["cell_type"] == "markdown"]
     opened = [line for text in prose for line in text.splitlines() if line.startswith(":::") and line.strip(": ")]
@@ -208,8 +290,9 @@ def test_sidebar_lists_every_notebook_in_order():
     tool = site_tool()
     listed = tool.sidebar_notebooks(tool.site_settings()["sidebar"]["contents"])
     assert sorted(listed) == tool.site_notebooks()
-    library = [n for n in listed if n[:2].isdigit()]
-    assert library == sorted(library)
+    for package in {n.split("/")[0] for n in listed if re.search(r"/\d\d_", n)}:
+        own = [n for n in listed if n.startswith(f"{package}/")]
+        assert own == sorted(own)
 
 
 def test_quarto_reads_the_same_description():

@@ -57,7 +57,7 @@ def test_a_picture_has_a_description():
 
 
 def test_the_reference_of_the_command_is_that_of_its_parser():
-    from llm_quantize.cli import command_reference
+    from llm_quantize.cli.main import command_reference
     cells = json.loads((ROOT / "nbs" / "51_cli.ipynb").read_text(encoding="utf-8"))["cells"]
     [shown] = ["".join(o["data"]["text/markdown"]) for c in cells if "".join(c["source"]).endswith("Markdown(command_reference())") for o in c["outputs"]]
     assert shown == command_reference(), "run nbs/51_cli.ipynb again"

@@ -1,0 +1,1 @@
+"Directories in the compressed-tensors format, for vLLM and transformers."

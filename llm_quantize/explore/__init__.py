@@ -1,0 +1,1 @@
+"Look around in a model with the mouse."

@@ -1,0 +1,1 @@
+"Decide, encode and write a GGUF file."

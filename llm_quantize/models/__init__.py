@@ -1,0 +1,1 @@
+"A model as names, settings, tensors and layers, wherever it comes from."

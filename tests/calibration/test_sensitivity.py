@@ -1,0 +1,161 @@
+"Costs of types: predictions against measurements, the probe against the evaluator of whole models, files that are whole or refused."
+import json
+
+import pytest
+import torch
+
+from llm_quantize.calibration import hessian
+
+from llm_quantize.calibration import sensitivity
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
+from llm_quantize.models.checkpoint import open_checkpoint, sample_path
+from llm_quantize.errors import ArgumentError, CalibrationError, ProfileError
+from llm_quantize.calibration.hessian import Curvature, curvature
+from llm_quantize.calibration.sensitivity import Effort, Probe, Sensitivity, TensorCosts, candidate_types, corrected, decoded_as, find_effort, measure_sensitivity, plot_sensitivity, spearman, texts
+
+
+@pytest.fixture(scope="module")
+def sample(): return open_checkpoint(sample_path())
+
+
+@pytest.fixture(scope="module")
+def ids(sample): return windows(load_tokenizer(sample.path), bundled_text("calibration"), limit=2)
+
+
+@pytest.fixture(scope="module")
+def probe(sample, ids): return Probe(sample, ids, device="cpu", keep=True)
+
+
+def test_cost_is_the_mean_square_of_what_moves():
+    torch.manual_seed(0)
+    x, g, error = torch.randn(50, 8), torch.randn(50, 5), torch.randn(5, 8)
+    s = g.square().mean(1)
+    h = (x * s[:, None]).T @ x / 50
+    rho = g.square().sum(0) / g.square().sum(0).mean()
+    expected = 0.5 * sum((rho[o] * error[o] @ h @ error[o]).item() for o in range(5))
+    assert Curvature(h[None, None], rho[None]).cost(error) == pytest.approx(expected, rel=1e-5)
+    rows = torch.tensor([1, 3])
+    part = 0.5 * sum((rho[o] * error[o] @ h @ error[o]).item() for o in (1, 3)) * (rho.sum() / rho[rows].sum()).item()
+    assert Curvature(h[None, None], rho[None]).cost(error[rows], rows) == pytest.approx(part, rel=1e-5)
+
+
+def test_wide_tensors_keep_blocks_of_their_curvature(sample, ids, monkeypatch):
+    stack = LayerStack(sample, dtype=torch.float32, device="cpu", keep=True)
+    whole = curvature(stack, ids)
+    monkeypatch.setattr(hessian, "WIDTH", 256)
+    blocks = curvature(stack, ids)
+    name = "blk.1.ffn_down.weight"
+    assert whole[name].h.shape == (1, 1, 768, 768) and blocks[name].h.shape == (1, 3, 256, 256)
+    for i in range(3): assert torch.allclose(blocks[name].h[0, i], whole[name].h[0, 0, 256 * i:256 * i + 256, 256 * i:256 * i + 256], rtol=1e-3, atol=1e-7)
+    torch.manual_seed(1)
+    noise = torch.randn(256, 768) * 0.01
+    assert blocks[name].cost(noise) == pytest.approx(whole[name].cost(noise), rel=0.2)
+
+
+def test_the_curvature_is_that_of_the_loss(sample, ids, probe):
+    "A small random error in any one tensor moves the predictions by what was predicted, within the noise of a few windows."
+    curved = curvature(probe.stack, ids)
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_v.weight", "blk.2.ffn_gate.weight", "blk.3.ffn_down.weight"):
+        spec = probe.specs[name]
+        weights = spec.load(sample).float()
+        torch.manual_seed(2)
+        error = torch.randn_like(weights) * weights.std() * 0.05
+        unpermuted = next(iter(spec.to_hf(error).values()))
+        assert 0.5 < probe.kld({name: weights + error}) / curved[name].cost(unpermuted) < 2, name
+
+
+def test_the_probe_agrees_with_the_evaluator_of_whole_models(sample, ids, probe):
+    from llm_quantize.models.reference import load_float
+    from llm_quantize.quality.metrics import score_windows
+    from llm_quantize.models.views import Replaced
+    names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.3.ffn_up.weight")
+    weights = {name: decoded_as(probe.specs[name].load(sample), "Q4_K", None, probe.specs[name]) for name in names}
+    changed = load_float(sample)
+    state = changed.state_dict()
+    for name in names:
+        for hf, value in probe.specs[name].to_hf(weights[name]).items(): state[hf].copy_(value)
+    [scores] = score_windows(load_float(sample), [changed], ids)
+    assert probe.kld(weights) == pytest.approx(scores.kld.mean().item(), rel=1e-3)
+    assert probe.kld({}) == 0 and probe.kld({"blk.0.attn_q.weight": probe.specs["blk.0.attn_q.weight"].load(sample).float()}) < 1e-9
+
+
+def test_corrections_pass_through_the_measurements():
+    predicted = {"A": 1.0, "B": 0.1, "C": 0.01, "D": 0.001}
+    assert corrected(predicted, {}) == predicted
+    assert corrected(predicted, {"B": 0.2}) == pytest.approx({"A": 2.0, "B": 0.2, "C": 0.02, "D": 0.002})
+    both = corrected(predicted, {"A": 4.0, "C": 0.01})
+    assert both["A"] == pytest.approx(4) and both["C"] == pytest.approx(0.01) and both["B"] == pytest.approx(0.2) and both["D"] == pytest.approx(0.001)
+    assert corrected({"A": 0.0, "B": 1.0}, {"A": 0.3, "B": 0.0})["A"] == 0
+
+
+def test_types_fit_the_rows():
+    assert "IQ2_XXS" in candidate_types(512) and "Q4_0" not in candidate_types(512)
+    assert "IQ2_XXS" not in candidate_types(96) and "Q4_0" in candidate_types(96)
+    assert candidate_types(7) == ("BF16",)
+
+
+@pytest.fixture(scope="module")
+def small_effort():
+    saved = dict(sensitivity.EFFORTS)
+    sensitivity.EFFORTS["quick"] = Effort(1, 8, 1, 1, 0)
+    yield
+    sensitivity.EFFORTS.clear(); sensitivity.EFFORTS.update(saved)
+
+
+def test_a_stopped_run_goes_on(sample, tmp_path, small_effort, monkeypatch):
+    path = tmp_path / "x.sensitivity.json"
+    whole = measure_sensitivity(sample, effort="quick", path=path, device="cpu")
+    assert Sensitivity.load(path) == whole and len(whole.tensors) == 29 and len(whole.measured) == 28
+    half = Sensitivity(whole.model, whole.about, tuple(TensorCosts(t.name, t.shape, t.predicted, t.measured if i % 2 else {}) for i, t in enumerate(whole.tensors)))
+    half.save(path)
+    monkeypatch.setattr(sensitivity, "_predict_all", lambda *a: pytest.fail("predicted again"))
+    again = measure_sensitivity(sample, effort="quick", path=path, device="cpu")
+    assert again == whole
+    monkeypatch.setattr(sensitivity, "Probe", lambda *a, **k: pytest.fail("measured again"))
+    assert measure_sensitivity(sample, effort="quick", path=path, device="cpu") == whole
+
+
+@pytest.mark.parametrize("damage", [lambda d: d.pop("tensors"), lambda d: d.update(version=2), lambda d: d["tensors"][0]["predicted"].update(Q99=1), lambda d: d.update(tensors=3),
+                                    lambda d: d["tensors"][0].update(predicted=[1])], ids=["no tensors", "version", "type", "number", "list"])
+def test_damaged_files_are_refused(tmp_path, damage):
+    good = Sensitivity("m", {}, (TensorCosts("blk.0.a.weight", (8, 256), {"Q4_K": 0.1}, {"Q4_K": 0.2}),))
+    path = good.save(tmp_path / "s.json")
+    assert Sensitivity.load(path) == good
+    data = json.loads(path.read_text())
+    damage(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ProfileError): Sensitivity.load(path)
+    with pytest.raises(ProfileError): Sensitivity.load(tmp_path / "none.json")
+
+
+def test_efforts_and_texts(sample, tmp_path):
+    assert find_effort("THOROUGH").trials > find_effort("default").trials
+    with pytest.raises(ArgumentError, match="unknown effort"): find_effort("huge")
+    ids, selection = texts(sample, find_effort("default"))
+    assert not {tuple(w[1:].tolist()) for w in ids} & {tuple(w[1:].tolist()) for w in selection}
+    (tmp_path / "few.txt").write_text("word " * 700)
+    with pytest.raises(CalibrationError): texts(sample, find_effort("default"), tmp_path / "few.txt")
+
+
+def test_ranks_and_map():
+    assert spearman([1, 2, 3], [2, 5, 9]) == pytest.approx(1) and spearman([1, 2, 3], [9, 5, 2]) == pytest.approx(-1)
+    found = Sensitivity("m", {}, tuple(TensorCosts(f"blk.{i}.{kind}.weight", (8, 256), {"Q4_K": 0.1}) for i in range(3) for kind in ("attn_q", "ffn_up")))
+    assert len(plot_sensitivity(found, "Q4_K").axes) == 2
+    with pytest.raises(ArgumentError): plot_sensitivity(found, "Q6_K")
+
+
+def test_an_order_needs_two_tensors():
+    "One tensor at a type has no rank: its correlation was NaN, which no JSON may hold."
+    one = TensorCosts("blk.0.attn_q.weight", (8, 256), {"Q4_K": 0.1}, {"Q4_K": 0.2})
+    odd = TensorCosts("blk.0.ffn_down.weight", (8, 96), {"Q4_0": 0.3}, {"Q4_0": 0.5})
+    assert Sensitivity("m", {}, (one, odd)).correlation() is None
+    other = TensorCosts("blk.1.attn_q.weight", (8, 256), {"Q4_K": 0.2}, {"Q4_K": 0.3})
+    assert Sensitivity("m", {}, (one, odd, other)).correlation() == pytest.approx(1)
+
+
+def test_a_tensor_that_is_not_in_the_table():
+    "`StopIteration` would end a caller's loop in silence."
+    found = Sensitivity("m", {}, (TensorCosts("blk.0.attn_q.weight", (8, 256), {"Q4_K": 0.1}),))
+    assert found["blk.0.attn_q.weight"].predicted == {"Q4_K": 0.1}
+    with pytest.raises(ArgumentError, match="blk.9"): found["blk.9.attn_q.weight"]

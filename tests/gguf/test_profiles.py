@@ -1,0 +1,145 @@
+"Profiles: files that are whole or refused, rules that hold, plans that fit models."
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+
+from llm_quantize.gguf import profiles
+from llm_quantize.gguf.allocation import Choice, Rule
+from llm_quantize.models.architectures import architecture
+from llm_quantize.models.checkpoint import open_checkpoint, sample_path
+from llm_quantize.errors import ArgumentError, ProfileError
+from llm_quantize.gguf.profiles import PRESETS, Profile, Target, check_fit, choose_types, facts_of, list_profiles, make_plan, make_target, type_map
+from llm_quantize.quants.qtypes import qtype
+from llm_quantize.gguf.tensor_rules import kept_float
+
+TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def specs():
+    sample = open_checkpoint(sample_path())
+    return [(t.name, t.shape) for t in architecture(sample.config).tensors(sample)]
+
+
+@pytest.fixture(scope="module")
+def choices(specs): return [Choice(n, s, {t: (1 + i % 5) * 4 ** -qtype(t).bpw for t in TYPES}) for i, (n, s) in enumerate(specs) if not kept_float(n, s)]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_QUANTIZE_PROFILE_DIR", str(tmp_path / "profiles"))
+    (tmp_path / "profiles").mkdir()
+    return tmp_path / "profiles"
+
+
+def block_bits(choices, types):
+    blocks = [c for c in choices if c.in_block]
+    return 8 * sum(c.size(types[c.name]) for c in blocks) / sum(c.weights for c in blocks)
+
+
+@pytest.mark.parametrize("name, bits", [("attention-high", 3.0), ("balanced", 3.5), ("compression-max", 2.5)])
+def test_presets_come_to_their_bits(choices, name, bits):
+    types = choose_types(PRESETS[name], choices, 0, 4_200_000).types
+    assert 0.99 * bits <= block_bits(choices, types) <= bits
+    if name == "attention-high":
+        assert min(qtype(t).bpw for n, t in types.items() if ".attn_" in n) >= 4.25 and max(qtype(t).bpw for n, t in types.items() if "ffn" in n) <= 3.1
+
+
+def test_an_impossible_preset_goes_to_the_nearest_size_but_a_wish_is_refused(specs):
+    small = [Choice(n, s, {t: 4 ** -qtype(t).bpw for t in ("IQ4_NL", "Q8_0")}) for n, s in specs if not kept_float(n, s)]
+    assert block_bits(small, choose_types(PRESETS["compression-max"], small, 0, 1).types) == 4.5
+    with pytest.raises(ArgumentError, match="cannot be met"): choose_types(replace(PRESETS["compression-max"], name="mine"), small, 0, 1)
+
+
+@pytest.mark.parametrize("target", [Target(3.3, "file"), Target(1_700_000, "bytes"), Target(6.0, "file")])
+def test_targets_of_the_file(choices, target):
+    found = choose_types(Profile("x", target), choices, 90_000, 4_200_000)
+    wanted = target.value if target.of == "bytes" else target.value * 4_200_000 / 8
+    assert 0.995 * wanted <= found.bytes <= wanted
+
+
+def test_floors_can_be_taken_away(choices):
+    low = Target(1_000_000, "bytes")
+    assert qtype(choose_types(Profile("x", Target(1_250_000, "bytes")), choices, 0, 1).types["token_embd.weight"]).bpw >= 2.56
+    with pytest.raises(ArgumentError): choose_types(Profile("x", low), choices, 0, 1)
+    assert choose_types(Profile("x", low, floors=False), choices, 0, 1).bytes <= 1_000_000
+
+
+def test_one_target_at_a_time():
+    assert make_target() is None and make_target(3.0).of == "file" and make_target(target_size=2e9).value == 2e9
+    for arguments in ((3, 1e9), (0, None), (-1, None), (float("nan"), None)):
+        with pytest.raises(ArgumentError): make_target(*arguments)
+
+
+def full(specs): return Profile("mine", Target(3.1, "file"), "ünï", (Rule("attn_v", least="Q6_K"),), False, facts_of("llama", specs), {n: "IQ3_XXS" for n, s in specs if not kept_float(n, s)})
+
+
+def test_files_come_back_as_they_were(specs, tmp_path, own_folder):
+    profile = full(specs)
+    path = profile.save(tmp_path / "m.dqprofile")
+    assert Profile.load(path).to_dict() == profile.to_dict() and Profile.load(str(path)) == Profile.load(path)
+    profile.save(own_folder / "mine.dqprofile")
+    assert Profile.load("mine").name == "mine"
+    assert [p.name for p, _ in list_profiles()] == [*PRESETS, "mine"]
+    with pytest.raises(ProfileError, match="cannot write"): profile.save(tmp_path / "nowhere" / "x.dqprofile")
+
+
+def test_a_damaged_file_in_the_folder_is_named_and_left_out(own_folder, caplog):
+    (own_folder / "bad.dqprofile").write_text("{")
+    with caplog.at_level(logging.WARNING): assert [p.name for p, _ in list_profiles()] == list(PRESETS)
+    assert "bad.dqprofile" in caplog.text
+
+
+@pytest.mark.parametrize("change", [
+    {"version": 2}, {"name": None}, {"target": None}, {"target": {"value": "3", "of": "file"}}, {"target": {"value": 3, "of": "moon"}}, {"target": {"value": 3}},
+    {"target": {"value": True, "of": "file"}}, {"rules": {}}, {"rules": [3]}, {"rules": [{"type": "Q4_K"}]}, {"rules": [{"pattern": "(", "type": "Q4_K"}]},
+    {"rules": [{"pattern": "x", "kind": 1}]}, {"tensors": {"a": "Q4_X"}}, {"tensors": {"a": 4}}, {"tensors": []}, {"floors": "no"}, {"surprise": 1}], ids=str)
+def test_what_makes_no_sense_is_refused_with_exit_code_13(specs, tmp_path, change):
+    data = {**full(specs).to_dict(), **change}
+    path = tmp_path / "x.dqprofile"
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+    with pytest.raises(ProfileError) as caught: Profile.load(path)
+    assert caught.value.exit_code == 13 and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name, hint", [("blanced", "balanced"), ("./none.dqprofile", "list"), ("zzzzzz", "compression-max")])
+def test_unknown_names_get_a_hint(name, hint):
+    with pytest.raises(ProfileError) as caught: Profile.load(name)
+    assert hint in caught.value.suggestion
+    with pytest.raises(ProfileError): PRESETS["balanced"].llama_cpp()
+
+
+def test_binary_and_directories_are_refused(tmp_path):
+    (tmp_path / "b.dqprofile").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "d.dqprofile").mkdir()
+    for name in ("b", "d"):
+        with pytest.raises(ProfileError): Profile.load(tmp_path / f"{name}.dqprofile")
+
+
+def test_plans_fit_the_model(specs):
+    plan = make_plan(full(specs).tensors, specs)
+    assert {t.type for t in plan} == {"F32", "IQ3_XXS"} and plan.ftype == 23 and plan.mix == "dynamic"
+    odd = make_plan({"blk.0.ffn_up.weight": "IQ2_XXS"}, [("blk.0.ffn_up.weight", (64, 96)), ("blk.0.ffn_norm.weight", (96,))])
+    assert [t.type for t in odd] == ["IQ4_NL", "F32"] and "not IQ2_XXS" in odd["blk.0.ffn_up.weight"].why
+    assert plan.needs_imatrix and "token_embd.weight" not in plan.needs_imatrix
+    rows = type_map(plan)
+    assert rows[0][0] == "block" and len(rows) == 1 + 4 + 1 and all(len(row) == len(rows[0]) for row in rows)
+
+
+def test_fit_says_what_is_wrong(specs):
+    profile = full(specs)
+    assert check_fit(profile, "m", "llama", specs).fits
+    problems = lambda p, arch="llama", tensors=specs: " / ".join(check_fit(p, "m", arch, tensors).problems)
+    assert "architecture" in problems(profile, "qwen3") and "other blocks" in problems(profile, tensors=specs[:20])
+    less = {n: t for n, t in profile.tensors.items() if "attn_q" not in n}
+    assert "no type for 4 tensors" in problems(replace(profile, tensors=less)) and "model has not" in problems(replace(profile, tensors={**profile.tensors, "blk.9.x": "Q4_K"}))
+    assert "speaks of no tensor" in problems(replace(PRESETS["balanced"], rules=(Rule("mamba", type="Q8_0"),)))
+    narrow = [("blk.0.ffn_up.weight", (64, 96))]
+    assert check_fit(Profile("x", Target(3, "file"), tensors={"blk.0.ffn_up.weight": "IQ2_XXS"}), "m", "llama", narrow).fallbacks == (("blk.0.ffn_up.weight", "IQ2_XXS", "IQ4_NL"),)
+
+
+def test_lines_for_llama_quantize(specs):
+    lines = full(specs).llama_cpp().splitlines()
+    assert len(lines) == 29 and lines[0] == r"^token_embd\.weight$=iq3_xxs"
