@@ -19,7 +19,8 @@ from ..errors import ArgumentError, CheckpointError, ImportanceError
 from ..files import AGAIN
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
-from ..models.layer_stack import Input, LayerStack, Listener, Place, Waiting, run_backward, run_windows
+from ..models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
+from ..models.listeners import Input, Listener
 
 # %% ../../nbs/calibration/04_collect.ipynb #collect-sums
 _log = logging.getLogger("llm_quantize")

@@ -14,16 +14,9 @@ import torch
 
 from .collect import PRIOR, RARE, loss_labels
 from ..errors import ImportanceError
-from llm_quantize.models.layer_stack import (
-    Input,
-    LayerStack,
-    Listener,
-    Place,
-    Waiting,
-    available_memory,
-    run_backward,
-    run_windows,
-)
+from ..models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
+from ..models.listeners import Input, Listener
+from ..models.memory import available_memory
 
 # %% ../../nbs/calibration/06_hessian.ipynb #hessian-moments
 class _Moments(Listener):

@@ -18,7 +18,8 @@ from .imatrix import ImportanceMatrix
 from ..errors import ArgumentError
 from ..models.architectures import GGUFTensor, architecture
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.layer_stack import LayerStack, Listener, run_windows
+from ..models.layer_stack import LayerStack, run_windows
+from ..models.listeners import Listener
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-find-spikes
 INPUT_SPIKE = 20      # times the ordinary largest input of a token

@@ -39,7 +39,8 @@ from ..files import Store
 from ..models.architectures import ARCHITECTURES
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.fingerprint import fingerprint
-from ..models.layer_stack import Input, LayerStack, Listener, Place, run_windows
+from ..models.layer_stack import LayerStack, Place, run_windows
+from ..models.listeners import Input, Listener
 from ..models.reference import load_float
 
 # %% ../../nbs/compressed/05_convert.ipynb #convert-gather

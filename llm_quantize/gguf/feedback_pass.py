@@ -24,7 +24,8 @@ from .scale_tuning import tune
 from ..models.architectures import GGUFTensor
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
-from ..models.layer_stack import LayerStack, available_memory
+from ..models.layer_stack import LayerStack
+from ..models.memory import available_memory
 from ..quants.blocks import ENCODERS
 from ..quants.codec import encode
 from ..quants.error_feedback import feedback_encode

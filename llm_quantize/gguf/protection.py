@@ -30,7 +30,8 @@ from .profiles import sensitivity_path
 from ..models.architectures import GGUFTensor, hf_tensors
 from ..models.bitnet import BitNetCheckpoint, plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.layer_stack import LayerStack, Listener
+from ..models.layer_stack import LayerStack
+from ..models.listeners import Listener
 from ..models.views import Replaced
 from ..quants.blocks import ENCODERS, error_weights, to_half
 from ..quants.codec import decode, encode

@@ -18,7 +18,7 @@ from ..gguf.container import open_gguf
 from ..models.architectures import architecture, hf_tensors
 from ..models.bitnet import plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.layer_stack import available_memory
+from ..models.memory import available_memory
 from ..models.reference import float_module, load_float
 from ..quants.qtypes import QTYPES
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_quantize.models.layer_stack import LayerStack, Listener, Place, Waiting, available_memory, layer_inputs, run_backward, run_windows
+from llm_quantize.models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
+from llm_quantize.models.listeners import Listener, layer_inputs
+from llm_quantize.models.memory import available_memory
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError, OutOfMemoryError
@@ -244,7 +246,8 @@ def test_a_limit_on_the_process_is_seen(sample_model):
     pytest.importorskip("resource", reason="needs limits of Unix")
     code = """if True:
         import json, resource, sys, torch
-        from llm_quantize.models.layer_stack import LayerStack, available_memory
+        from llm_quantize.models.layer_stack import LayerStack
+        from llm_quantize.models.memory import available_memory
         free = LayerStack(sys.argv[1], device="cpu").keep
         used = 1024 * int(open("/proc/self/status").read().split("VmData:")[1].split()[0])
         resource.setrlimit(resource.RLIMIT_DATA, (used + 9_000_000,) * 2)
