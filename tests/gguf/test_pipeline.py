@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.models.checkpoint import Checkpoint, sample_path
 from llm_quantize.quants.codec import FLOATS, decode
@@ -27,8 +28,7 @@ PROMPT = "The history of the Roman empire begins with"
 
 def greedy(path, tokens=24):
     "Ids that llama.cpp generates from PROMPT, and the ids of PROMPT itself."
-    from llama_cpp import Llama
-    model = Llama(str(path), n_ctx=256, verbose=False, seed=0)
+    model = open_llama(path, n_ctx=256, seed=0)
     prompt = model.tokenize(PROMPT.encode(), add_bos=True)
     out = []
     for token in model.generate(prompt, temp=0.0, top_k=1):

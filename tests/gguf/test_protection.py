@@ -12,6 +12,7 @@ import torch
 from llm_quantize.calibration.cached import cached_imatrix
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.cli.main import main
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.codec import decode, encode
 from llm_quantize.gguf.feedback_pass import EncodedAhead
 from llm_quantize.errors import ArgumentError
@@ -195,8 +196,8 @@ def test_layers_say_that_they_are_protected(pair):
 
 
 def test_llama_cpp_runs_the_file(pair):
-    llama = pytest.importorskip("llama_cpp")
-    model = llama.Llama(pair[1].output_path, n_ctx=64, n_threads=1, verbose=False)
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
+    model = open_llama(pair[1].output_path, n_ctx=64, n_threads=1)
     found = model("The history of", max_tokens=8, temperature=0.0)
     assert len(found["choices"][0]["text"]) > 3
 
