@@ -15,7 +15,7 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], keywords=cfg["keywords"], license="Apache-2.0",
     long_description=readme,
     long_description_content_type="text/markdown",
-    package_data={"llm_quantize": ["data/**/*"]},
+    package_data={"llm_quantize": ["py.typed", "data/**/*"]},
     packages=find_packages(include=["llm_quantize", "llm_quantize.*"]), python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={"widgets": words("widget_requirements"), "dev": words("dev_requirements") + words("widget_requirements")},
