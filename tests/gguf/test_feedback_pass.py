@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_quantize.gguf import feedback_pass as room
+from llm_quantize.gguf.feedback_pass import feedback_pass as room
 from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.models.architectures import architecture
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
@@ -18,7 +18,8 @@ from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.models.reference import load_float
 from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.quantized_model import load_quantized
-from llm_quantize.gguf.feedback_pass import Effort, encode_ahead, find_effort
+from llm_quantize.calibration.effort import Effort, find_effort
+from llm_quantize.gguf.feedback_pass import encode_ahead
 from llm_quantize.errors import ArgumentError, CheckpointError
 from llm_quantize.calibration.hessian import layer_groups, second_moments
 from llm_quantize.quality.metrics import score_windows
@@ -42,7 +43,7 @@ def test_the_file_runs_and_is_closer(tmp_path):
 
 RUN = """
 import sys
-from llm_quantize.gguf import feedback_pass as room
+from llm_quantize.gguf.feedback_pass import feedback_pass as room
 from llm_quantize.api import quantize
 room.EFFORTS["tiny"] = room.Effort(4, 4, 1)
 folder, resume = sys.argv[1:3]

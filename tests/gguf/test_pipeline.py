@@ -18,7 +18,8 @@ from llm_quantize.errors import ArgumentError, ConversionError, ImatrixError, LL
 from llm_quantize.gguf.container import open_gguf
 from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.gguf.plan import plan_gguf
-from llm_quantize.gguf.pipeline import check_finite, encode_tensor, relative_error
+from llm_quantize.gguf.pipeline import check_finite, relative_error
+from llm_quantize.quants.codec import encode_tensor
 from llm_quantize.api import quantize
 from llm_quantize.gguf.mixes import find_mix
 
@@ -231,7 +232,7 @@ def test_the_reference_search_writes_what_llama_quantize_writes(tmp_path, monkey
     import ctypes
 
     import llama_cpp
-    from llm_quantize.calibration.cached import cached_imatrix
+    from llm_quantize.calibration.analysis import cached_imatrix
     monkeypatch.setenv("LLM_QUANTIZE_IMATRIX_CACHE", str(tmp_path / "imatrix"))
     matrix = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
     values = {name: matrix.importance(name).numpy() for name in matrix.names}
