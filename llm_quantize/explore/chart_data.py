@@ -157,8 +157,8 @@ def _logarithmic(
     one.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 def _draw_chart(frame: dict, width: float):
-    from llm_quantize.quality.plots import _Picture, _plain
-    figure = _Picture(figsize=(width, 2.8))
+    from llm_quantize.quality.plots import Picture, _plain
+    figure = Picture(figsize=(width, 2.8))
     axis = _place(figure, 0.75, 0.1, 0.5, 0.15)
     for s in frame["series"]:
         x, y = _numbers(s["x"]), _numbers(s["y"])
@@ -222,11 +222,11 @@ def _outline(row: int, column: int):
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-heat
 def _draw_heat(frame: dict, width: float):
-    from llm_quantize.quality.plots import _Picture
+    from llm_quantize.quality.plots import Picture
     grids, rows = frame["grids"], frame["rows"]
     across, each = min(len(grids), 2), 0.75 + 0.26 * len(rows)
     down = -(-len(grids) // across)
-    figure, step = _Picture(figsize=(width, each * down)), (width - 2.0) / across
+    figure, step = Picture(figsize=(width, each * down)), (width - 2.0) / across
     arrays = [np.array([_numbers(row) for row in grid["values"]]) for grid in grids]
     known = np.concatenate([a[np.isfinite(a)] for a in arrays])
     low, high = (known.min(), known.max()) if known.size else (0, 1)

@@ -23,7 +23,7 @@ from .widget import Control, Explorer, Panel
 from ..gguf.allocation import Choice, apply_rules, reachable
 from ..gguf.plan import plan_gguf
 from ..gguf.profiles import PRESETS, Profile, Target, choose_types
-from ..quality.evaluate import _SHARES, Comparison, QualityReport
+from ..quality.evaluate import SHARES, Comparison, QualityReport
 from ..quality.html import html_table
 from ..quants.qtypes import qtype
 
@@ -369,13 +369,13 @@ def _quality_tradeoff(reports: dict):
 def _quality_spread(reports: dict):
     def frame(who: str) -> dict:
         m = reports[who].metrics
-        y = [max(getattr(m, key), 1e-9) for key in _SHARES.values()]
+        y = [max(getattr(m, key), 1e-9) for key in SHARES.values()]
         return chart_frame(
             [chart_series(who, range(len(y)), y, list(reports).index(who), marker=True)],
             "this share of the tokens diverges less",
             "KL divergence (nats)",
             log="y",
-            ticks=[f"{share:g} %" for share in _SHARES],
+            ticks=[f"{share:g} %" for share in SHARES],
             alt=f"{who}: half of the tokens below {m.kld_p50:.3g} nats, the largest {m.kld_max:.3g}",
         )
     return frame
