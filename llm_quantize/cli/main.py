@@ -292,9 +292,11 @@ def main(argv: list[str] | None = None # arguments; default: the command line's
     words = sys.argv[1:] if argv is None else argv
     options, _ = split_globals(words)
     output.format = "json" if options.get("--format") == "json" else "human"
-    try: return app(hoist_globals(words), prog_name="llm-quantize", standalone_mode=False) or 0
-    except BrokenPipeError: return _silence()
-    except SystemExit as stop: return stop.code or 0
+    try:
+        code = app(hoist_globals(words), prog_name="llm-quantize", standalone_mode=False) or 0
+        sys.stdout.flush()  # a reader who is gone is noticed here
+        return code
+    except (BrokenPipeError, SystemExit): return _silence()  # typer exits only where the reader is gone
     except BaseException as failure: return _report(failure)
 
 # %% ../../nbs/cli/04_main.ipynb #main-if-name-main-raise-systemexi

@@ -10,31 +10,31 @@ __all__ = ['profile_app', 'target_of', 'costs_beside', 'planned', 'profile_list'
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from .console import Found, output, parse_size, print_rows, progress_bar
+from .console import DEVICE, Found, output, parse_size, print_rows, progress_bar, say
 from ..errors import ArgumentError, ProfileError
 
 # %% ../../nbs/cli/02_profile.ipynb #profile-target-of
-def target_of(bpw: Optional[float], size: Optional[str]):
-    "The target of a dynamic quantization; a plain number of --target-size is gigabytes."
+def target_of(bpw: float | None, size: str | None): # --target-bpw; --target-size
+    "The target of a dynamic quantization, or None; a plain number of --target-size is gigabytes."
     if bpw is None and size is None: return None
     from llm_quantize.gguf.profiles import make_target
-    plain = size is not None and re.fullmatch(r"-?[0-9.]+", size.strip())
-    try: return make_target(bpw, None if size is None else round(1e9 * float(size)) if plain else parse_size(size))
+    if size is None: return make_target(bpw, None)
+    plain = re.fullmatch(r"-?[0-9.]+", size.strip())
+    try: return make_target(bpw, round(1e9 * float(size)) if plain else parse_size(size))
     except ValueError: raise ArgumentError(f"'{size}' is not a size", "write for example 3.0 (GB) or 500M") from None
 
 # %% ../../nbs/cli/02_profile.ipynb #profile-costs-beside
-def costs_beside(imatrix: Optional[Path]) -> Optional[Path]:
+def costs_beside(imatrix: Path | None) -> Path | None:
     "Where measured costs are kept: beside a given importance matrix, if one may write there."
-    return (
-        imatrix.with_suffix(".sensitivity.json") if imatrix is not None and os.access(imatrix.parent, os.W_OK) else None
-    )
+    if imatrix is None or not os.access(imatrix.parent, os.W_OK): return None
+    return imatrix.with_suffix(".sensitivity.json")
 
 # %% ../../nbs/cli/02_profile.ipynb #profile-planned
-def planned(model: str, profile: Optional[str], **options): # GGUFJob
+def planned(model: str, profile, **options): # a Profile, or its name; options of `plan_dynamic` -> GGUFJob
     "The plan of a dynamic quantization, with a progress bar."
     from llm_quantize.gguf.plan import plan_dynamic
     with progress_bar("planning") as progress: return plan_dynamic(model, profile, progress=progress, **options)[0]
@@ -42,143 +42,132 @@ def planned(model: str, profile: Optional[str], **options): # GGUFJob
 # %% ../../nbs/cli/02_profile.ipynb #profile-profile-app-typer-typer-no-a
 profile_app = typer.Typer(no_args_is_help=True, help="Dynamic profiles: which tensor gets how many bits.")
 
-# %% ../../nbs/cli/02_profile.ipynb #profile-profile-list
+# %% ../../nbs/cli/02_profile.ipynb #profile-profile-facts
+def _profile_facts(profile, path: Path | None) -> dict:
+    "What `list` says of a profile."
+    words = dict(name=profile.name, target=str(profile.target), description=profile.description)
+    return {**words, "resolved": profile.resolved, "path": str(path) if path else None}
+
 @profile_app.command("list")
 def profile_list():
     "Presets, and the profiles in your directory."
     from llm_quantize.gguf.profiles import list_profiles
-    found = list_profiles()
-    rows = [
-        {
-            "name": p.name,
-            "target": str(p.target),
-            "description": p.description,
-            "resolved": p.resolved,
-            "path": str(path) if path else None,
-        }
-        for p, path in found
-    ]
-    output.show(
-        Found({"profiles": rows}),
-        lambda _: print_rows(
-            [
-                ["name", "target", "description", "from"],
-                *([r["name"], r["target"], r["description"], r["path"] or "preset"] for r in rows),
-            ]
-        ),
-    )
+    facts = [_profile_facts(profile, path) for profile, path in list_profiles()]
+    rows = [[p["name"], p["target"], p["description"], p["path"] or "preset"] for p in facts]
+    head = ["name", "target", "description", "from"]
+    output.show(Found({"profiles": facts}), lambda _: print_rows([head, *rows]))
 
-# %% ../../nbs/cli/02_profile.ipynb #profile-profile-show
+# %% ../../nbs/cli/02_profile.ipynb #profile-describe
+_NAME = typer.Argument(metavar="NAME", help="preset, name in your directory, or .dqprofile file")
+_FOR = typer.Option(help="choose the types for this model, and draw them")
+_IMATRIX = typer.Option(help="importance matrix of that model; default: computed")
+_EFFORT = typer.Option(help="how much is measured for that", metavar="quick|default|thorough")
+
+def _describe(profile, plan: list | None) -> None:
+    "Print a profile: what it asks for, and which tensor gets which type."
+    from llm_quantize.gguf.profiles import type_map
+    print(f"{profile.name}: {profile.description}")
+    print(f"target: {profile.target}")
+    print(f"floors: {'yes' if profile.floors else 'no'}")
+    for rule in profile.rules: print("rule: " + ", ".join(f"{key} {value}" for key, value in rule.to_dict().items()))
+    if plan is None: print("types: chosen when a model is quantized; --model MODEL chooses them now")
+    else: print_rows(type_map(plan))
+
 @profile_app.command("show")
 def profile_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="preset, name in your directory, or .dqprofile file")],
-    model: Annotated[Optional[str], typer.Option(help="choose the types for this model, and draw them")] = None,
-    imatrix: Annotated[Optional[Path], typer.Option(help="importance matrix of that model; default: computed")] = None,
-    effort: Annotated[
-        str, typer.Option(help="how much is measured for that", metavar="quick|default|thorough")
-    ] = "default",
+    name: Annotated[str, _NAME],
+    model: Annotated[str | None, _FOR] = None,
+    imatrix: Annotated[Path | None, _IMATRIX] = None,
+    effort: Annotated[str, _EFFORT] = "default",
+    device: DEVICE = None,
 ):
     "A profile: its target, rules, and types by layer and kind of tensor."
-    from llm_quantize.gguf.profiles import Profile, type_map
     from llm_quantize.gguf.mixes import PlannedTensor
-    found, plan = Profile.load(name), None
+    from llm_quantize.gguf.pipeline import load_importance
+    from llm_quantize.gguf.profiles import Profile
+    profile, plan, facts = Profile.load(name), None, {}
     if model is not None:
-        from llm_quantize.gguf.pipeline import load_importance
-
-        plan = list(
-            planned(
-                model, name, imatrix=load_importance(imatrix), effort=effort, sensitivity=costs_beside(imatrix)
-            ).plan
-        )
-    elif found.resolved: plan = [PlannedTensor(tensor, (1, 1), type, "") for tensor, type in found.tensors.items()]
-    def human(_):
-        print(f"{found.name}: {found.description}\ntarget: {found.target}\nfloors: {'yes' if found.floors else 'no'}")
-        for rule in found.rules: print("rule: " + ", ".join(f"{key} {value}" for key, value in rule.to_dict().items()))
-        if plan is None: print("types: chosen when a model is quantized; --model MODEL chooses them now")
-        else: print_rows(type_map(plan))
-
-    output.show(
-        Found({**found.to_dict(), **({"tensors": {t.name: t.type for t in plan if t.type != "F32"}} if plan else {})}),
-        human,
-    )
+        known = dict(imatrix=load_importance(imatrix), sensitivity=costs_beside(imatrix))
+        plan = list(planned(model, name, effort=effort, device=device, **known).plan)
+        facts = {"tensors": {t.name: t.type for t in plan if t.type != "F32"}}
+    elif profile.resolved: plan = [PlannedTensor(tensor, (1, 1), t, "") for tensor, t in profile.tensors.items()]
+    output.show(Found({**profile.to_dict(), **facts}), lambda _: _describe(profile, plan))
 
 # %% ../../nbs/cli/02_profile.ipynb #profile-profile-create
+_BPW = typer.Option(help="bits of the whole file per weight")
+_SIZE = typer.Option(help="size of the file in GB (1e9 bytes): 3.0; or 500M")
+_PROFILE_FILE = typer.Option("-o", "--output", help="file to write; default ./NAME.dqprofile")
+_NOW = typer.Option(help="choose the types for this model now, not when it is quantized")
+_NO_FLOORS = typer.Option("--no-floors", help="let embedding, output, first and last block go as low as it pays")
+_MEASURED = typer.Option(help="how much is measured with --model", metavar="quick|default|thorough")
+
 @profile_app.command("create")
 def profile_create(
     imatrix: Annotated[Path, typer.Option(help="importance matrix of the model")],
     name: Annotated[str, typer.Option(help="name of the profile")],
-    target_bpw: Annotated[Optional[float], typer.Option(help="bits of the whole file per weight")] = None,
-    target_size: Annotated[Optional[str], typer.Option(help="size of the file in GB (1e9 bytes): 3.0; or 500M")] = None,
-    out: Annotated[
-        Optional[Path], typer.Option("-o", "--output", help="file to write; default ./NAME.dqprofile")
-    ] = None,
-    model: Annotated[
-        Optional[str], typer.Option(help="choose the types for this model now, not when it is quantized")
-    ] = None,
+    target_bpw: Annotated[float | None, _BPW] = None,
+    target_size: Annotated[str | None, _SIZE] = None,
+    out: Annotated[Path | None, _PROFILE_FILE] = None,
+    model: Annotated[str | None, _NOW] = None,
     base: Annotated[str, typer.Option("--from", help="profile whose rules to take")] = "balanced",
-    no_floors: Annotated[
-        bool, typer.Option("--no-floors", help="let embedding, output, first and last block go as low as it pays")
-    ] = False,
-    effort: Annotated[
-        str, typer.Option(help="how much is measured with --model", metavar="quick|default|thorough")
-    ] = "default",
+    no_floors: Annotated[bool, _NO_FLOORS] = False,
+    effort: Annotated[str, _MEASURED] = "default",
+    device: DEVICE = None,
 ):
     "Make a profile for a size."
     from dataclasses import replace
-    from llm_quantize.gguf.profiles import Profile, facts_of_imatrix, saved_name
+
     from llm_quantize.gguf.pipeline import load_importance
+    from llm_quantize.gguf.profiles import Profile, facts_of_imatrix, saved_name
     place = out or saved_name(name)  # a name that cannot be one is found before hours of measuring
     if not place.parent.is_dir():
         raise ProfileError(f"there is no directory {place.parent}", "make it, or choose another place with --output")
     matrix, start = load_importance(imatrix), Profile.load(base)
-    profile = replace(
-        start,
-        name=name,
-        target=target_of(target_bpw, target_size) or start.target,
-        floors=start.floors and not no_floors,
-        base_model=facts_of_imatrix(matrix),
-        tensors={},
-        description=f"made from {imatrix.name}",
-    )
+    target, floors = target_of(target_bpw, target_size) or start.target, start.floors and not no_floors
+    profile = replace(start, name=name, target=target, floors=floors, base_model=facts_of_imatrix(matrix), tensors={},
+                      description=f"made from {imatrix.name}")
     if model is not None:
-        job = planned(model, profile, imatrix=matrix, effort=effort, sensitivity=costs_beside(imatrix))
+        costs = costs_beside(imatrix)
+        job = planned(model, profile, imatrix=matrix, effort=effort, sensitivity=costs, device=device)
         profile = replace(profile, tensors={t.name: t.type for t in job.plan if t.type != "F32"})
-    path = profile.save(place)
-    output.show(
-        Found({"output_path": str(path), **profile.to_dict()}),
-        lambda _: print(f"{path}  {profile.target}  {len(profile.tensors) or 'no'} types chosen"),
-    )
+    path, count = profile.save(place), len(profile.tensors) or "no"
+    facts = {"output_path": str(path), **profile.to_dict()}
+    output.show(Found(facts), lambda _: say(f"{path}  {profile.target}  {count} types chosen"))
 
-# %% ../../nbs/cli/02_profile.ipynb #profile-profile-validate
+# %% ../../nbs/cli/02_profile.ipynb #profile-show-fit
+_PROFILE = typer.Argument(metavar="PROFILE", help="name or .dqprofile file")
+_MODEL = typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")
+
+def _show_fit(fit) -> None: # ProfileFit
+    size = f": {fit.file_size:,} bytes" if fit.file_size else ""
+    say(f"{fit.profile} {'fits' if fit.fits else 'does not fit'} {fit.model}{size}")
+    for problem in fit.problems: say(f"- {problem}")
+    for tensor, wanted, got in fit.fallbacks:
+        say(f"- {tensor}: {got} in the place of {wanted}, whose blocks its rows do not fill")
+
 @profile_app.command("validate")
-def profile_validate(profile: Annotated[str, typer.Argument(metavar="PROFILE", help="name or .dqprofile file")],
-                     model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")]):
+def profile_validate(profile: Annotated[str, _PROFILE], model: Annotated[str, _MODEL]):
     "Whether a profile fits a model: what fits, what falls back, and the size of the file."
     from llm_quantize.gguf.plan import validate_profile
     fit = validate_profile(profile, model)
-    def human(_):
-        print(
-            f"{fit.profile} {'fits' if fit.fits else 'does not fit'} {fit.model}"
-            + (f": {fit.file_size:,} bytes" if fit.file_size else "")
-        )
-        for problem in fit.problems: print(f"- {problem}")
-        for tensor, wanted, got in fit.fallbacks:
-            print(f"- {tensor}: {got} in the place of {wanted}, whose blocks its rows do not fill")
-    output.show(fit, human)
-    if not fit.fits: raise typer.Exit(13)
+    output.show(fit, _show_fit)
+    if not fit.fits: raise typer.Exit(ProfileError.exit_code)
 
 # %% ../../nbs/cli/02_profile.ipynb #profile-profile-export
+_CHOSEN = typer.Argument(metavar="PROFILE", help="name or .dqprofile file, with its types chosen")
+_LLAMA_CPP = typer.Option("--llama-cpp", help="for llama-quantize --tensor-type-file")
+
 @profile_app.command("export")
 def profile_export(
-    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="name or .dqprofile file, with its types chosen")],
-    llama_cpp: Annotated[bool, typer.Option("--llama-cpp", help="for llama-quantize --tensor-type-file")] = False,
-    out: Annotated[Optional[Path], typer.Option("-o", "--output", help="file to write; default: print")] = None,
+    profile: Annotated[str, _CHOSEN],
+    llama_cpp: Annotated[bool, _LLAMA_CPP] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="file to write; default: print")] = None,
 ):
     "The types of a profile for another program."
-    from llm_quantize.gguf.profiles import Profile
     from llm_quantize.files import write_aside
+    from llm_quantize.gguf.profiles import Profile
     if not llama_cpp: raise ArgumentError("no program to export to was named", "give --llama-cpp")
     text = Profile.load(profile).llama_cpp()
-    if out is None and output.format == "human": print(text, end=""); return
     if out is not None: write_aside(out, text)
-    output.show(Found({"output_path": str(out) if out else None, "lines": text.splitlines()}), lambda _: print(out))
+    facts = {"output_path": str(out) if out else None, "lines": text.splitlines()}
+    output.show(Found(facts), lambda _: print(out or text.rstrip("\n")))
