@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .imatrix import ImportanceMatrix
-from .resume import RunState, WaitingOnDisk, _read_state
+from .resume import RunState, WaitingOnDisk, saved_run
 from ..errors import ArgumentError, CheckpointError, ImportanceError
 from ..files import AGAIN
 from ..models.checkpoint import Checkpoint
@@ -86,8 +86,8 @@ def with_prior(sums: torch.Tensor,   # (experts, columns) float64
 # %% ../../nbs/calibration/04_collect.ipynb #collect-saved-way
 def _saved_way(folder: Path) -> bool | None: # keep all layers?
     "The way a saved run went through model and text, which a resumed one must take too."
-    if not (folder / "analyze.state").exists(): return None
-    return _read_state(folder / "analyze.state")[0].get("way") == "by window"
+    about = saved_run(folder)
+    return None if about is None else about.get("way") == "by window"
 
 def _start(state: RunState, sums: _Sums, resume: bool) -> Place:
     "Where to begin; fills in the sums of a resumed run."
