@@ -10,12 +10,13 @@ from dataclasses import replace
 import numpy as np
 
 from llm_quantize.gguf.allocation import allocate
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.gguf.plan import plan_gguf
-from llm_quantize.gguf.profiles import _measurer, sensitivity_path, unmeasured
-from llm_quantize.calibration.sensitivity import Probe, measure_sensitivity, spearman
+from llm_quantize.gguf.resolution import _measurer, sensitivity_path, unmeasured
+from llm_quantize.calibration.probe import Probe
+from llm_quantize.calibration.sensitivity import measure_sensitivity, spearman
 
 
 def main():

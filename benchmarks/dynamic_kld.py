@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.gguf.plan import plan_dynamic
 from llm_quantize.gguf.profiles import Profile, Target
 from llm_quantize.quality.evaluate import compare

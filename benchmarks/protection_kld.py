@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm_quantize.models.architectures import architecture
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.quants.codec import decode
@@ -28,7 +28,7 @@ from llm_quantize.gguf.feedback_pass import EncodedAhead
 from llm_quantize.models.reference import load_float
 from llm_quantize.gguf.plan import plan_gguf
 from llm_quantize.calibration.imatrix import ImportanceMatrix
-from llm_quantize.gguf.profiles import sensitivity_path
+from llm_quantize.gguf.resolution import sensitivity_path
 from llm_quantize.gguf.protection import _with_types, encode_all, exchange, finish, protect, scaled_importance, up_of
 from llm_quantize.quality.metrics import score_windows
 from llm_quantize.api import quantize

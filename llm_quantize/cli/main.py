@@ -177,7 +177,7 @@ def analyze(
             )
         except OSError:
             pass  # the run will say that it goes on without checkpoints
-    from llm_quantize.calibration.analysis import analyze as run
+
     with progress_bar("analyzing") as progress:
         result = run(
             model,

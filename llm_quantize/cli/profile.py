@@ -83,7 +83,7 @@ def profile_show(
     from llm_quantize.gguf.mixes import PlannedTensor
     found, plan = Profile.load(name), None
     if model is not None:
-        from llm_quantize.gguf.pipeline import load_importance
+        from llm_quantize.api import load_importance
 
         plan = list(
             planned(
@@ -126,7 +126,7 @@ def profile_create(
     "Make a profile for a size."
     from dataclasses import replace
     from llm_quantize.gguf.profiles import Profile, facts_of_imatrix, saved_name
-    from llm_quantize.gguf.pipeline import load_importance
+    from llm_quantize.api import load_importance
     place = out or saved_name(name)  # a name that cannot be one is found before hours of measuring
     if not place.parent.is_dir():
         raise ProfileError(f"there is no directory {place.parent}", "make it, or choose another place with --output")

@@ -206,7 +206,8 @@ def _library_options(given: dict) -> dict:
 # %% ../../nbs/cli/03_quantize.ipynb #quantize-dry-run
 def _dry_run(given: dict) -> None: # `given`: the options of the verb
     from llm_quantize.gguf.plan import plan_gguf
-    from llm_quantize.gguf.pipeline import _check_options, load_importance
+    from llm_quantize.gguf.pipeline import _check_options
+    from llm_quantize.api import load_importance
     target = target_of(given["target_bpw"], given["target_size"])
     _check_options(
         *(

@@ -22,7 +22,8 @@ from .token_view import token_frame
 from .widget import Control, Explorer, Panel
 from ..gguf.allocation import Choice, apply_rules, reachable
 from ..gguf.plan import plan_gguf
-from ..gguf.profiles import PRESETS, Profile, Target, choose_types
+from ..gguf.profiles import PRESETS, Profile, Target
+from ..gguf.resolution import choose_types
 from ..quality.evaluate import _SHARES, Comparison, QualityReport
 from ..quality.html import html_table
 from ..quants.qtypes import qtype

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from llm_quantize.cli.main import main as cli
-from llm_quantize.calibration.analysis import Analysis, analyze
+from llm_quantize.calibration.analysis import Analysis
+from llm_quantize.cli.main import analyze
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, CalibrationError, CheckpointError

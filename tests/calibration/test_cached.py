@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from llm_quantize.calibration.analysis import analyze
-from llm_quantize.calibration.cached import cached_imatrix, imatrix_cache
+from llm_quantize.cli.main import analyze
+from llm_quantize.calibration.analysis import cached_imatrix, imatrix_cache
 from llm_quantize.models.checkpoint import sample_path, write_sample
 from llm_quantize.cli.main import main
 from llm_quantize.errors import CalibrationError, ImatrixError, LLMQuantizeError
@@ -108,7 +108,7 @@ def test_a_killed_run_is_taken_up(cache):
 import os, signal
 import llm_quantize.calibration.collect as importance
 importance.RunState.due = lambda self, place: True
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu", progress=lambda done, total, speed: done >= 2 * 512 + 1 and os.kill(os.getpid(), signal.SIGKILL))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
@@ -135,7 +135,7 @@ def test_two_at_once_compute_once(cache):
     code = f"""
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu")
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]

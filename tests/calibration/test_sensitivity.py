@@ -12,7 +12,9 @@ from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError, CalibrationError, ProfileError
 from llm_quantize.calibration.hessian import Curvature, curvature
-from llm_quantize.calibration.sensitivity import Effort, Probe, Sensitivity, TensorCosts, candidate_types, corrected, decoded_as, find_effort, measure_sensitivity, plot_sensitivity, spearman, texts
+from llm_quantize.calibration.effort import Effort, find_effort
+from llm_quantize.calibration.probe import Probe, texts
+from llm_quantize.calibration.sensitivity import Sensitivity, TensorCosts, candidate_types, corrected, decoded_as, measure_sensitivity, plot_sensitivity, spearman
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def test_global_options_may_stand_anywhere():
 @pytest.fixture(scope="module")
 def dynamic_place(tmp_path_factory):
     "A directory with the sample's importance matrix; costs are measured beside it, once."
-    from llm_quantize.calibration.analysis import analyze
+    from llm_quantize.cli.main import analyze
     from llm_quantize.models.checkpoint import sample_path
     folder = tmp_path_factory.mktemp("dynamic")
     analyze(sample_path(), output=folder / "s.imatrix", calibration_samples=4, checkpoint_dir=folder / "state", device="cpu")
@@ -243,8 +243,9 @@ def test_dynamic_files_hold_the_target_and_open_in_llama_cpp(dynamic_place, caps
     result = json.loads(out)
     assert status == 0 and 0.995 * 1_600_000 <= result["file_size"] <= 1_600_000 == result["allocation"]["target_size"] and result["profile"] == "balanced"
     assert result["file_size"] == os.path.getsize(result["output_path"]) and result["quantization_level"] == "dynamic"
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
-    model = llama_cpp.Llama(result["output_path"], n_ctx=64, verbose=False)
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
+    from llm_quantize.quality.llama_cpp_model import open_llama
+    model = open_llama(result["output_path"], n_ctx=64)
     assert len(model.create_completion("The house", max_tokens=4)["choices"][0]["text"]) > 0
     _, out, _ = run_cli(capsys, *arguments, "--target-bpw", "3.5", "--dry-run")
     plan = json.loads(out)

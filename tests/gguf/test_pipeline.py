@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.models.checkpoint import Checkpoint, sample_path
 from llm_quantize.quants.codec import FLOATS, decode
@@ -17,7 +18,8 @@ from llm_quantize.errors import ArgumentError, ConversionError, ImatrixError, LL
 from llm_quantize.gguf.container import open_gguf
 from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.gguf.plan import plan_gguf
-from llm_quantize.gguf.pipeline import check_finite, encode_tensor, relative_error
+from llm_quantize.gguf.pipeline import check_finite, relative_error
+from llm_quantize.quants.codec import encode_tensor
 from llm_quantize.api import quantize
 from llm_quantize.gguf.mixes import find_mix
 
@@ -27,8 +29,7 @@ PROMPT = "The history of the Roman empire begins with"
 
 def greedy(path, tokens=24):
     "Ids that llama.cpp generates from PROMPT, and the ids of PROMPT itself."
-    from llama_cpp import Llama
-    model = Llama(str(path), n_ctx=256, verbose=False, seed=0)
+    model = open_llama(path, n_ctx=256, seed=0)
     prompt = model.tokenize(PROMPT.encode(), add_bos=True)
     out = []
     for token in model.generate(prompt, temp=0.0, top_k=1):
@@ -231,7 +232,7 @@ def test_the_reference_search_writes_what_llama_quantize_writes(tmp_path, monkey
     import ctypes
 
     import llama_cpp
-    from llm_quantize.calibration.cached import cached_imatrix
+    from llm_quantize.calibration.analysis import cached_imatrix
     monkeypatch.setenv("LLM_QUANTIZE_IMATRIX_CACHE", str(tmp_path / "imatrix"))
     matrix = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
     values = {name: matrix.importance(name).numpy() for name in matrix.names}

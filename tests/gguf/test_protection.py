@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.cli.main import main
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.codec import decode, encode
 from llm_quantize.gguf.feedback_pass import EncodedAhead
 from llm_quantize.errors import ArgumentError
 from llm_quantize.gguf.plan import plan_gguf
-from llm_quantize.gguf.profiles import Target, sensitivity_path
-from llm_quantize.gguf.protection import Protection, exchange, finish, half_ulp, pin, raise_weights, rescaled, up_of
+from llm_quantize.gguf.profiles import Target
+from llm_quantize.gguf.resolution import sensitivity_path
+from llm_quantize.gguf.protection import Protection, exchange, finish, rescaled, up_of
+from llm_quantize.gguf.pinning import half_ulp, pin, raise_weights
 from llm_quantize.quality.evaluate import compare
 from llm_quantize.api import quantize
-from llm_quantize.calibration.sensitivity import Probe, find_effort, measure_sensitivity, texts
+from llm_quantize.calibration.probe import Probe, texts
+from llm_quantize.calibration.effort import find_effort
+from llm_quantize.calibration.sensitivity import measure_sensitivity
 from llm_quantize.calibration.super_weights import rank_weights
 
 DOWN, PLACES = "blk.0.ffn_down.weight", [(12, 210), (3, 210), (156, 210), (174, 210)]
@@ -195,8 +200,8 @@ def test_layers_say_that_they_are_protected(pair):
 
 
 def test_llama_cpp_runs_the_file(pair):
-    llama = pytest.importorskip("llama_cpp")
-    model = llama.Llama(pair[1].output_path, n_ctx=64, n_threads=1, verbose=False)
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
+    model = open_llama(pair[1].output_path, n_ctx=64, n_threads=1)
     found = model("The history of", max_tokens=8, temperature=0.0)
     assert len(found["choices"][0]["text"]) > 3
 

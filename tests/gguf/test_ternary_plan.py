@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.cli.main import main
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.codec import encode
 from llm_quantize.models.reference import load_float
 from llm_quantize.quality.quantized_model import load_quantized
@@ -85,7 +86,6 @@ def decoded_kld(folder, path, tokens):
 
 @pytest.mark.parametrize("level", TYPE)
 def test_a_ternary_model_loses_nothing(trained, tmp_path, level):
-    from llama_cpp import Llama
     result, job = quantize(trained, "gguf", level.lower(), output_dir=tmp_path, device="cpu"), plan_gguf(trained, level)
     assert result.quantization_level == level and result.output_path.endswith(f"tiny-ternary-{level}.gguf")
     assert result.file_size == job.file_bytes and open_gguf(result.output_path).metadata["general.file_type"] == {"TQ2_0": 37, "TQ1_0": 36}[TYPE[level]]
@@ -95,7 +95,7 @@ def test_a_ternary_model_loses_nothing(trained, tmp_path, level):
     tokens = torch.randint(3, 4096, (1, 64), generator=torch.Generator().manual_seed(1))
     whole, apart = decoded_kld(trained, result.output_path, tokens)
     assert apart < 1e-9 < whole < 1e-2
-    llama = Llama(result.output_path, n_ctx=64, n_batch=64, n_ubatch=64, n_threads=1, logits_all=True, verbose=False)
+    llama = open_llama(result.output_path, n_ctx=64, n_batch=64, n_ubatch=64, n_threads=1, logits_all=True)
     llama.eval(tokens[0].tolist())
     with torch.no_grad(): meant = load_float(trained)(tokens).logits[0]
     assert kld(meant, torch.from_numpy(llama.scores[:64].copy())) < 2e-2, "llama.cpp rounds what it multiplies these weights with to 8 bits"

@@ -21,6 +21,7 @@ from llm_quantize.errors import ConversionError
 from llm_quantize.gguf.container import open_gguf, write_gguf
 from llm_quantize.models.rope import rope_factors, rope_settings
 from llm_quantize.models.tokenizers import tokenizer_metadata
+from llm_quantize.quality.llama_cpp_model import open_llama
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a development requirement")
 
@@ -134,7 +135,8 @@ def write(checkpoint, path, kind="F32", row=None, change=lambda t: t, keys=()):
 
 def llama_logits(path, tokens, context=None):
     "Logits of llama.cpp at every position."
-    llama = llama_cpp.Llama(str(path), n_ctx=context or len(tokens), n_batch=len(tokens), n_ubatch=len(tokens), n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, type_k=0, type_v=0)
+    llama = open_llama(path, n_ctx=context or len(tokens), n_batch=len(tokens), n_ubatch=len(tokens), n_threads=1,
+                       n_threads_batch=1, logits_all=True, type_k=0, type_v=0)
     llama.eval(tokens)
     logits = torch.from_numpy(np.array(llama.scores[:len(tokens)])).double()
     llama.close()

@@ -15,13 +15,14 @@ from llm_quantize.models.bitnet import BitNetCheckpoint, plain_weights, round_ma
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ConversionError
 from llm_quantize.gguf.container import open_gguf
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.model_info import info
 from llm_quantize.quality.evaluate import quality_report
 from llm_quantize.gguf.plan import plan_gguf
 from llm_quantize.api import quantize
 
 integration = pytest.importorskip("transformers.integrations.bitnet", reason="needs transformers with BitNet")
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a development requirement")
+pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
 
 SETTINGS = dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, hidden_act="silu",
                 tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=None)
@@ -131,7 +132,7 @@ def transformers_logits(folder, tokens, monkeypatch=None):
 
 
 def llama_logits(path, tokens):
-    llama = llama_cpp.Llama(str(path), n_ctx=tokens.shape[1], n_batch=64, n_ubatch=64, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0)
+    llama = open_llama(path, n_ctx=tokens.shape[1], n_batch=64, n_ubatch=64, n_threads=1, logits_all=True, type_k=0, type_v=0)
     llama.eval(tokens[0].tolist())
     found = torch.from_numpy(llama.scores[:tokens.shape[1]].copy()).double()
     llama.close()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from llm_quantize.models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
 from llm_quantize.models.listeners import Listener, layer_inputs
 from llm_quantize.models.memory import available_memory
+from llm_quantize.models.views import Replaced, View
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError, OutOfMemoryError
@@ -158,6 +159,44 @@ def test_first_token_is_exact_in_bfloat16(sample_model):
         again = alone.embedding(ids)(ids)
         for i in range(len(alone)): again = alone[i](again)
     assert torch.equal(a, again)
+
+# ---- other weights -------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", ["llama-biases", "mixtral", "qwen2moe", "gemma3", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "loaded"])
+def test_replaced_tensors_give_what_another_checkpoint_would(family, dtype, keep, made):
+    "Each tensor by itself: layers, embedding and head are those of a stack of the changed checkpoint, and the stack stays as it was."
+    _, checkpoint = made(family)
+    ids, stack = tokens(2, 16), LayerStack(checkpoint, dtype=dtype, device="cpu", keep=keep)
+    before = logits(stack, ids)
+    for name in [name for name in checkpoint.names if "layers.1." in name or "layers" not in name]:
+        replaced = {name: checkpoint.tensor(name).float() * 1.25 + 0.01}
+        expected = logits(LayerStack(Replaced(checkpoint, replaced), dtype=dtype, device="cpu", keep=False), ids)
+        with torch.inference_mode():
+            hidden = stack.embedding(ids, replaced)(ids)
+            for i in range(len(stack)): hidden = stack.layer(i, replaced)(hidden)
+            found = stack.head(replaced)(hidden)
+        assert torch.equal(found, expected), name
+        assert not torch.equal(found, before) or "k_proj.bias" in name, name
+    assert torch.equal(logits(stack, ids), before)
+
+
+def test_a_kept_layer_is_not_read_again(made):
+    class Counting(View):
+        read = ()
+        def tensor(self, name):
+            self.read += (name,)
+            return super().tensor(name)
+    checkpoint = Counting(made("qwen3")[1])
+    stack, name = LayerStack(checkpoint, device="cpu", keep=True), "model.layers.1.mlp.up_proj.weight"
+    changed = torch.zeros(checkpoint.shape(name))
+    before = stack[1]
+    checkpoint.read = ()
+    other = stack.layer(1, {name: changed})
+    assert checkpoint.read == () and stack[1] is before and stack.layer(0, {name: changed}) is stack[0]
+    assert not other.module.mlp.up_proj.weight.any() and before.module.mlp.up_proj.weight.any()
+    assert other.module.mlp.down_proj.weight is before.module.mlp.down_proj.weight
 
 # ---- going on ------------------------------------------------------------------------------------------------------------------------------------
 
