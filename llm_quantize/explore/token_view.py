@@ -19,7 +19,7 @@ from .chart_data import html_frame
 from ..models.bitnet import plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.reference import load_float
-from ..quality.metrics import _logits, score_logits
+from ..quality.metrics import logits_of, score_logits
 from ..quality.quantized_model import open_quantized, placement
 
 # %% ../../nbs/explore/03_token_view.ipynb #token_view-readtoken
@@ -108,7 +108,7 @@ def _read(original, quantized, tokenizer, ids: torch.Tensor, pieces: list, top: 
     tokens = []
     for start in range(0, len(ids) - 1, _BLOCK):
         part, targets = slice(start, start + _BLOCK), ids[1:][start:start + _BLOCK].to(original.device)
-        a, b = (_logits(m, h[part]).float() for m, h in zip((original, quantized), hidden))
+        a, b = (logits_of(m, h[part]).float() for m, h in zip((original, quantized), hidden))
         if b.shape[-1] < a.shape[-1]:
             a = a[:, : b.shape[-1]]  # a GGUF may lack the rows of the embedding that no token uses
         scores, before = score_logits(a.clone(), b.clone(), targets), ids[:-1][part]

@@ -27,7 +27,8 @@ from ..models.reference import load_float
 from .coherence import check_coherence, read_prompts
 from .html import check_ending, html_figure, html_page, html_table, save_report
 from .layer_errors import layer_errors
-from .metrics import LlamaCppModel, TokenScores, score_windows, statistics
+from .llama_cpp_model import LlamaCppModel
+from .metrics import TokenScores, score_windows, statistics
 from .quantized_model import open_quantized, placement
 
 # %% ../../nbs/quality/11_evaluate.ipynb #evaluate-metrics

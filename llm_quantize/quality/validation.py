@@ -14,7 +14,7 @@ from ..gguf.container import open_gguf
 from ..gguf.verify import check_tensors
 from ..models.checkpoint import Checkpoint
 from .evaluate import _check_backend
-from .metrics import check_loads
+from .llama_cpp_model import check_loads
 from .quantized_model import open_quantized
 
 # %% ../../nbs/quality/12_validation.ipynb #validation-validation-2
