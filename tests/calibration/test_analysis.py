@@ -24,7 +24,7 @@ from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.calibration.collect import collect
 from llm_quantize.api import quantize
 
-from tests.models.test_layer_stack import hooked
+from tests.tiny import hooked
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a development requirement")
 

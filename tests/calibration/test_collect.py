@@ -20,8 +20,7 @@ from llm_quantize.calibration.collect import PRIOR, RARE, collect, with_prior
 from llm_quantize.calibration.resume import discard_state
 from llm_quantize.models.fingerprint import fingerprint
 
-from tests.models.test_layer_stack import hooked
-from tests.models.test_architectures import VOCABULARY, random_model
+from tests.tiny import VOCABULARY, hooked, random_model
 
 @pytest.fixture(scope="module")
 def ids(sample_model): return windows(load_tokenizer(sample_model), bundled_text("calibration"), size=512, limit=6)
