@@ -157,8 +157,9 @@ def _logarithmic(
     one.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 def _draw_chart(frame: dict, width: float):
-    from llm_quantize.quality.plots import _Picture, _plain
-    figure = _Picture(figsize=(width, 2.8))
+    from llm_quantize.display import new_figure
+    from llm_quantize.quality.plots import plain_axes
+    figure = new_figure(width, 2.8, layout=None)
     axis = _place(figure, 0.75, 0.1, 0.5, 0.15)
     for s in frame["series"]:
         x, y = _numbers(s["x"]), _numbers(s["y"])
@@ -184,7 +185,7 @@ def _draw_chart(frame: dict, width: float):
             fontsize=8, frameon=False, loc="best" if sum(len(s["x"]) for s in frame["series"]) < 200 else "upper right"
         )
     axis.grid(alpha=0.25)
-    _plain(axis)
+    plain_axes(axis)
     return figure
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-label-cells
@@ -222,11 +223,11 @@ def _outline(row: int, column: int):
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-heat
 def _draw_heat(frame: dict, width: float):
-    from llm_quantize.quality.plots import _Picture
+    from llm_quantize.display import new_figure
     grids, rows = frame["grids"], frame["rows"]
     across, each = min(len(grids), 2), 0.75 + 0.26 * len(rows)
     down = -(-len(grids) // across)
-    figure, step = _Picture(figsize=(width, each * down)), (width - 2.0) / across
+    figure, step = new_figure(width, each * down, layout=None), (width - 2.0) / across
     arrays = [np.array([_numbers(row) for row in grid["values"]]) for grid in grids]
     known = np.concatenate([a[np.isfinite(a)] for a in arrays])
     low, high = (known.min(), known.max()) if known.size else (0, 1)
