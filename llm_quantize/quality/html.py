@@ -8,15 +8,17 @@ __all__ = ['html_figure', 'html_table', 'html_page', 'check_ending', 'save_repor
 # %% ../../nbs/quality/07_html.ipynb #html-import-base64
 import base64
 import hashlib
-import html
 import io
 import re
 from pathlib import Path
 
+from ..display import html_text
 from ..errors import ArgumentError, LLMQuantizeError
 from ..files import write_aside
 
 # %% ../../nbs/quality/07_html.ipynb #html-html-figure
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
 def html_figure(figure,            # matplotlib Figure; None: nothing
                 alt: str,          # what it shows, in words
                 caption: str = ""  # printed below
@@ -26,19 +28,14 @@ def html_figure(figure,            # matplotlib Figure; None: nothing
     import matplotlib
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
-        figure.savefig(
-            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue()[file.getvalue().index("<svg"):], flags=re.S)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href").replace("#000000", "currentColor")
-    svg = re.sub(
-        r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>',
-        lambda m: f'<svg {m[1]} role="img" aria-label="{html.escape(alt)}"><title>{html.escape(alt)}</title>',
-        svg,
-        count=1,
-        flags=re.S,
-    )
-    return f"<figure>{svg}{f'<figcaption>{html.escape(caption)}</figcaption>' if caption else ''}</figure>"
+    words = html_text(alt)
+    head = re.search(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', svg, re.S)
+    svg = f'<svg {head[1]} role="img" aria-label="{words}"><title>{words}</title>{svg[head.end():]}'
+    below = f"<figcaption>{html_text(caption)}</figcaption>" if caption else ""
+    return f"<figure>{svg}{below}</figure>"
 
 # %% ../../nbs/quality/07_html.ipynb #html-html-table
 def html_table(head: list,           # titles of the columns
@@ -48,64 +45,63 @@ def html_table(head: list,           # titles of the columns
                marked: tuple = ()    # rows to set apart
               ) -> str:
     "A table; the first cell of each row is its header."
-    kind = lambda i: "" if i < text else ' class="n"'
-    lines = [
-        f"<caption>{html.escape(caption)}</caption>",
-        "<thead><tr>"
-        + "".join(f'<th scope="col"{kind(i)}>{html.escape(str(t))}</th>' for i, t in enumerate(head))
-        + "</tr></thead><tbody>",
-    ]
-    for number, row in enumerate(rows):
-        cells = [f'<th scope="row">{html.escape(str(row[0]))}</th>'] + [
-            f"<td{kind(i)}>{html.escape(str(cell))}</td>" for i, cell in enumerate(row[1:], 1)
-        ]
-        lines.append(f"<tr{' class=m' if number in marked else ''}>" + "".join(cells) + "</tr>")
+    def cell(tag: str, column: int, content) -> str:
+        kind = "" if column < text else ' class="n"'
+        return f"<{tag}{kind}>{html_text(content)}</{tag.split()[0]}>"
+
+    header = "".join(cell('th scope="col"', i, title) for i, title in enumerate(head))
+    lines = [f"<caption>{html_text(caption)}</caption>", f"<thead><tr>{header}</tr></thead><tbody>"]
+    for number, (name, *rest) in enumerate(rows):
+        cells = f'<th scope="row">{html_text(name)}</th>' + "".join(cell("td", i, x) for i, x in enumerate(rest, 1))
+        lines.append(f"<tr{' class=m' if number in marked else ''}>{cells}</tr>")
     return '<div class="wide"><table>' + "\n".join(lines) + "</tbody></table></div>"
 
 # %% ../../nbs/quality/07_html.ipynb #html-style
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --line: #c8c8c8; --mark: #e8f1f8; --soft: #555555 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --line: #44484d; --mark: #1d3145; --soft: #a8adb3 } }
-body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+@media (prefers-color-scheme: dark) {
+:root { --ink: #e6e6e6; --paper: #16181b; --line: #44484d; --mark: #1d3145; --soft: #a8adb3 } }
+body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin-top: 2.5rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; font-variant-numeric: tabular-nums }
-caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem } th, td { padding: 0.25rem 0.8rem 0.25rem 0; border-bottom: 1px solid var(--line); text-align: left; font-weight: normal }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem }
+th, td { padding: 0.25rem 0.8rem 0.25rem 0; border-bottom: 1px solid var(--line) }
+th, td { text-align: left; font-weight: normal }
 thead th { font-weight: 600 } .n { text-align: right } .m { background: var(--mark) }
-figure { margin: 1.5rem 0 } figure svg { width: 100%; height: auto; max-width: 46rem; fill: currentColor } figcaption, footer { color: var(--soft); font-size: 0.9rem }
+figure { margin: 1.5rem 0 } figure svg { width: 100%; height: auto; max-width: 46rem; fill: currentColor }
+figcaption, footer { color: var(--soft); font-size: 0.9rem }
 """
 
 # %% ../../nbs/quality/07_html.ipynb #html-html-page
-def html_page(
-    title: str,
-    parts: list,  # pieces of HTML; text that begins with "# " is a heading, other text without a tag is a paragraph
-    foot: str = "",  # a last line
-    *,
-    style: str = "",  # more rules for it
-    script: str = "",  # JavaScript to run at its end; the page allows this one, by its hash, and no other
-) -> str:
+def html_page(title: str,
+              parts: list,      # HTML, if it begins with "<"; a heading, if with "# "; else the text of a paragraph
+              foot: str = "",   # a last line
+              *, style: str = "", # more rules for it
+              script: str = ""  # JavaScript to run at its end; the page allows this one, by its hash, and no other
+             ) -> str:
     "A whole page, in one piece."
     def piece(part: str) -> str:
         if part.startswith("<") or not part: return part
-        return f"<h2>{html.escape(part[2:])}</h2>" if part.startswith("# ") else f"<p>{html.escape(part)}</p>"
+        return f"<h2>{html_text(part[2:])}</h2>" if part.startswith("# ") else f"<p>{html_text(part)}</p>"
 
-    allowed = (
-        f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else ""
-    )
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"""<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:{allowed}">""",
-            f"<title>{html.escape(title)}</title><style>{_STYLE}{style}</style></head><body><main>",
-            f"<h1>{html.escape(title)}</h1>",
-            *map(piece, parts),
-            "</main>",
-            f"<footer>{html.escape(foot)}</footer>" if foot else "",
-            f"<script>{script}</script>" if script else "",
-            "</body></html>",
-        ]
-    )
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    if script: policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    lines = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        f"<title>{html_text(title)}</title><style>{_STYLE}{style}</style></head><body><main>",
+        f"<h1>{html_text(title)}</h1>",
+        *map(piece, parts),
+        "</main>",
+        f"<footer>{html_text(foot)}</footer>" if foot else "",
+        f"<script>{script}</script>" if script else "",
+        "</body></html>",
+    ]
+    return "\n".join(lines)
 
 # %% ../../nbs/quality/07_html.ipynb #html-check-ending
 def check_ending(path: str | Path, # where a report shall go

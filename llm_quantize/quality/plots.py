@@ -30,7 +30,7 @@ def plain_axes(*axes) -> None:
 def importance_map(matrix: ImportanceMatrix,
                    field: str = "mean" # mean, max, total, active, entropy_normalized, zd or cosine
                   ) -> dict:           # (block, kind of tensor) -> number, or None where it is not defined
-    "A statistic of every tensor in the blocks; raises `ArgumentError` for an unknown one and for a matrix without blocks."
+    "A statistic of every tensor in the blocks; raises `ArgumentError` if it or the blocks are unknown."
     if field not in STATISTICS:
         raise ArgumentError(f"unknown statistic '{field}'", f"use one of: {', '.join(STATISTICS)}")
     values = {}
