@@ -26,9 +26,9 @@ def human_size(size: float) -> str: # bytes -> "3.9GB"
 # %% ../nbs/display.ipynb #console-parse-size
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
-def parse_size(text: str) -> int: # bytes
+def parse_size(text: str | int) -> int: # bytes
     "A size such as 500M, 2G or 1.5G (powers of ten) in bytes; raises `ArgumentError`."
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(text).strip().lower())
     size = round(float(number[1]) * _POWERS[number[2]]) if number else 0  # 4.1 * 1e9 is a little less than 4100000000
     if not size: raise ArgumentError(f"'{text}' is not a size", "write for example 500M or 2G")
     return size

@@ -19,8 +19,8 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_"))
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|tmp|root|home|Users|farm)/[\w.-]")
 EXPORT = re.compile(r"^#\| *exports? *$", re.M)
 # Packages and rooms of their own, lowest floor first: what stands further down the list may import what stands above it.
-FLOORS = ("errors", "display", "files", "quants", "models", "calibration", ("compressed", "gguf"), "quality", "api",
-          ("acceptance", "explore"), "cli")
+FLOORS = ("errors", "display", "files", "quants", "models", "calibration", ("compressed", "gguf"), "quality",
+          "acceptance", "api", "explore", "cli")
 # Modules that must not bring torch or transformers with them: they are imported before the command line knows what it is asked to do.
 LIGHT = ("", ".errors", ".display", ".quants.qtypes", ".cli.console", ".cli.profile", ".cli.quantize", ".cli.main")
 WIDTH, LENGTH, FUNCTION, CELL = 120, 400, 60, 45  # columns; lines of a module, a function, an exported cell

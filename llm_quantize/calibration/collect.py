@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .imatrix import ImportanceMatrix
-from .resume import RunState, WaitingOnDisk, _read_state
+from .resume import RunState, WaitingOnDisk, saved_run
 from ..errors import ArgumentError, CheckpointError, ImportanceError
 from ..files import AGAIN
 from ..models.fingerprint import fingerprint
@@ -85,8 +85,8 @@ def with_prior(sums: torch.Tensor,   # (experts, columns) float64
 # %% ../../nbs/calibration/04_collect.ipynb #collect-saved-way
 def saved_way(folder: str | Path) -> bool | None: # keep all layers?
     "Whether the run saved there kept all layers in memory; None where nothing was saved. A resumed run must do the same."
-    if not (Path(folder) / "analyze.state").exists(): return None
-    return _read_state(Path(folder) / "analyze.state")[0].get("way") == "by window"
+    about = saved_run(folder)
+    return None if about is None else about.get("way") == "by window"
 
 def _start(state: RunState, sums: _Sums, resume: bool) -> Place:
     "Where to begin; fills in the sums of a resumed run."

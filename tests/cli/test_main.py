@@ -226,7 +226,7 @@ COMPUTING = {
 
 @pytest.mark.parametrize("verb", COMPUTING)
 def test_a_verb_that_computes_does_so_on_the_device_it_was_given(capsys, tmp_path, verb):
-    from llm_quantize.calibration.analysis import analyze
+    from llm_quantize.api import analyze
     if verb == "profile create":
         analyze(sample_path(), output=tmp_path / "s.imatrix", calibration_samples=1, checkpoint_dir=tmp_path / "state")
     line = COMPUTING[verb].replace("MODEL", str(sample_path())).replace("OUT", str(tmp_path))

@@ -91,7 +91,7 @@ def test_the_diagonal_is_the_fisher_importance():
     from llm_quantize.calibration.collect import collect
     ids = windows(load_tokenizer(sample_path()), bundled_text("calibration"), limit=2)
     [moments] = second_moments(LayerStack(sample_path(), device="cpu", dtype=torch.float32), ids)
-    matrix = collect(sample_path(), ids, method="fisher", device="cpu", dtype=torch.float32)
+    matrix = collect(LayerStack(sample_path(), device="cpu", dtype=torch.float32), ids, method="fisher")
     for name in ("blk.0.attn_k.weight", "blk.3.ffn_down.weight"):
         ours, theirs = moments[name][0].diagonal(), matrix.importance(name).flatten()
         assert torch.allclose(ours / ours.sum(), theirs / theirs.sum(), rtol=1e-3, atol=1e-9)
