@@ -28,7 +28,7 @@ from ..models.layer_stack import LayerStack
 from ..models.memory import available_memory
 from ..quants.blocks import ENCODERS
 from ..quants.codec import encode
-from ..quants.error_feedback import feedback_encode
+from ..quants.refine import feedback_encode
 from ..quants.qtypes import QTYPES
 
 # %% ../../nbs/gguf/09_feedback_pass.ipynb #feedback_pass-effort
@@ -70,7 +70,7 @@ def _encode_layer(
     checkpoint: Checkpoint, specs: list, types: dict, moments: dict, device: str, search: str, effort: Effort
 ) -> dict:  # GGUF name -> bytes
     "The tensors of one layer."
-    out, alike, options = {}, {}, {"search": search, "damping": effort.damping, "readings": effort.readings}
+    out, alike, options = {}, {}, {"search": search, "damping": effort.damping, "descent_passes": effort.readings}
     for spec in specs:
         if spec.name in moments: alike.setdefault((types[spec.name], tuple(spec.shape)), []).append(spec)
     for (type, shape), group in alike.items():

@@ -35,7 +35,7 @@ from ..models.listeners import Listener
 from ..models.views import Replaced
 from ..quants.blocks import ENCODERS, error_weights, to_half
 from ..quants.codec import decode, encode
-from ..quants.error_feedback import super_patterns
+from ..quants.refine import super_patterns
 from ..quants.qtypes import QTYPES, qtype
 
 # %% ../../nbs/gguf/10_protection.ipynb #protection-half-ulp
