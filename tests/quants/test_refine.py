@@ -7,8 +7,7 @@ import torch
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.quants.codec import decode, encode
 from llm_quantize.errors import ArgumentError
-from llm_quantize.quants.error_feedback import FeedbackProblem, damped, feed_back, inverse_factor, vector_codes
-from llm_quantize.quants.iq_grids import grid_points
+from llm_quantize.quants.error_feedback import FeedbackProblem, damped, feed_back
 from llm_quantize.quants.refine import coordinate_descent, feedback_encode
 
 
@@ -85,24 +84,6 @@ def test_dead_channels_and_too_few_tokens(name):
 def test_the_scale_of_the_moment_does_not_matter():
     weights, moment = problem(rows=8)
     assert torch.equal(feedback_encode(weights, moment, "Q3_K"), feedback_encode(weights, moment * 1024, "Q3_K"))
-
-
-def test_factor_and_metric():
-    h = damped(problem()[1], 0.1)[None]
-    u = inverse_factor(h)
-    assert torch.allclose(u.mT @ u @ h, torch.eye(512).double(), atol=1e-8) and torch.equal(u, u.triu())
-
-
-@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_S", "IQ3_S", "IQ1_M"])
-def test_vectors_are_points_with_lawful_signs(name):
-    grid, g = ENCODERS[name].levels, torch.Generator().manual_seed(2)
-    x = torch.randn(8, 300, generator=g) * grid.high / 2
-    root = torch.randn(8, 8, generator=g) * 0.3 + torch.eye(8)
-    codes = vector_codes(x, (root @ root.T)[None], torch.ones(300), grid, 8)
-    points = {tuple(p) for p in grid_points(name).tolist()}
-    for v in codes.T.reshape(-1, grid.dim).tolist():
-        assert tuple(abs(c) for c in v) in points if grid.signs != "none" else tuple(round(c) for c in v) in points
-    if grid.signs == "parity": assert ((codes < 0).sum(0) % 2 == 0).all()
 
 
 def test_ternary_weights_stay_as_they_are():
