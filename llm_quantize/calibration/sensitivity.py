@@ -81,7 +81,7 @@ def _predicted(
         total = 0.0
         for expert in some:
             own = experts[expert][rows]
-            error = own - decode(encode(own, type, importance_of(imatrix, spec, expert), compile=False), type)
+            error = own - decode(encode(own, type, importance_of(imatrix, spec, expert), compiled=False), type)
             total += (
                 curved.cost(error, places, expert)
                 if curved is not None

@@ -12,7 +12,7 @@ import torch
 
 from ..quants.blocks import ENCODERS, error_weights, to_half
 from ..quants.codec import decode
-from ..quants.error_feedback import super_patterns
+from ..quants.refine import super_patterns
 from ..quants.qtypes import QTYPES
 
 # %% ../../nbs/gguf/12_pinning.ipynb #pinning-half-ulp

@@ -19,7 +19,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.reference import load_float
 from ..quants.blocks import ENCODERS, to_half
 from ..quants.codec import decode
-from ..quants.error_feedback import super_patterns
+from ..quants.refine import super_patterns
 from ..quants.qtypes import QTYPES
 
 # %% ../../nbs/gguf/10_scale_tuning.ipynb #scale_tuning-log-probabilities

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.quants import error_feedback as feedback
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.quants.codec import decode, encode
 from llm_quantize.errors import ArgumentError
-from llm_quantize.quants.error_feedback import damped, feedback_encode, inverse_factor, vector_codes
-from llm_quantize.quants.iq_grids import grid_points
+from llm_quantize.quants.error_feedback import FeedbackProblem, damped, feed_back
+from llm_quantize.quants.refine import coordinate_descent, feedback_encode
 
 
 def problem(rows=48, columns=512, seed=0):
@@ -42,24 +41,26 @@ def test_gguf_reads_the_same_weights(name):
 
 
 @pytest.mark.parametrize("name", [n for n in ENCODERS if ENCODERS[n].groups * ENCODERS[n].elements == 256])
-def test_no_reading_raises_the_cost(name):
+def test_no_pass_of_descent_raises_the_cost(name):
     weights, moment = problem(rows=24)
-    job = feedback._Pass(ENCODERS[name], damped(moment, 0.01)[None], (moment.diagonal() / moment.diagonal().mean()).view(-1, 1, 1), 8, 1, 4)
-    found, costs, flat = job.run(weights.T.contiguous()), [], weights.T.contiguous()
-    descent = feedback._Descent(job, flat)
+    importance = (moment.diagonal() / moment.diagonal().mean()).view(-1, 1, 1)
+    job = FeedbackProblem(ENCODERS[name], damped(moment, 0.01)[None], importance, points=8, reach=1)
+    meant = weights.T.contiguous()
+    coded, costs = feed_back(job, meant), []
     for _ in range(4):
-        d = torch.cat([job.encoder.weights(*block).flatten(0, 1) for block in found]).double() - flat
+        d = torch.cat([job.encoder.weights(*block).flatten(0, 1) for block in coded]).double() - meant
         costs.append((d * (job.hessian[0] @ d)).sum(0)) # of each row
-        found = descent.read(found)
-    assert all((after <= before * 1.0001).all() for before, after in zip(costs, costs[1:])) and costs[3].sum() < 0.99 * costs[0].sum()
+        coded = coordinate_descent(job, meant, coded, points=4)
+    assert all((after <= before * 1.0001).all() for before, after in zip(costs, costs[1:]))
+    assert costs[3].sum() < 0.99 * costs[0].sum()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "IQ1_M"])
-def test_readings_are_read_by_gguf_and_repeat(name):
+def test_descent_is_read_by_gguf_and_repeat(name):
     weights, moment = problem(rows=8)
-    data = feedback_encode(weights, moment, name, readings=2)
+    data = feedback_encode(weights, moment, name, descent_passes=2)
     assert np.array_equal(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[name]), decode(data, name).numpy())
-    assert torch.equal(data, feedback_encode(weights, moment, name, readings=2)) and not torch.equal(data, feedback_encode(weights, moment, name))
+    assert torch.equal(data, feedback_encode(weights, moment, name, descent_passes=2)) and not torch.equal(data, feedback_encode(weights, moment, name))
 
 
 @pytest.mark.parametrize("name", ["Q3_K", "IQ2_XXS", "IQ3_S", "IQ1_S"])
@@ -83,24 +84,6 @@ def test_dead_channels_and_too_few_tokens(name):
 def test_the_scale_of_the_moment_does_not_matter():
     weights, moment = problem(rows=8)
     assert torch.equal(feedback_encode(weights, moment, "Q3_K"), feedback_encode(weights, moment * 1024, "Q3_K"))
-
-
-def test_factor_and_metric():
-    h = damped(problem()[1], 0.1)[None]
-    u = inverse_factor(h)
-    assert torch.allclose(u.mT @ u @ h, torch.eye(512).double(), atol=1e-8) and torch.equal(u, u.triu())
-
-
-@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_S", "IQ3_S", "IQ1_M"])
-def test_vectors_are_points_with_lawful_signs(name):
-    grid, g = ENCODERS[name].levels, torch.Generator().manual_seed(2)
-    x = torch.randn(8, 300, generator=g) * grid.high / 2
-    root = torch.randn(8, 8, generator=g) * 0.3 + torch.eye(8)
-    codes = vector_codes(x, (root @ root.T)[None], torch.ones(300), grid, 8)
-    points = {tuple(p) for p in grid_points(name).tolist()}
-    for v in codes.T.reshape(-1, grid.dim).tolist():
-        assert tuple(abs(c) for c in v) in points if grid.signs != "none" else tuple(round(c) for c in v) in points
-    if grid.signs == "parity": assert ((codes < 0).sum(0) % 2 == 0).all()
 
 
 def test_ternary_weights_stay_as_they_are():
