@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..files import AGAIN
-from ..models.layer_stack import Place, Waiting
+from ..models.hidden_states import HiddenStates
+from ..models.layer_stack import Place
 
 # %% ../../nbs/calibration/03_resume.ipynb #resume-runstate
 _log = logging.getLogger("llm_quantize")
@@ -104,7 +105,7 @@ def _read_state(path: Path) -> tuple: # identity, Place, tensors
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}", AGAIN) from None
 
 # %% ../../nbs/calibration/03_resume.ipynb #resume-waitingondisk
-class WaitingOnDisk(Waiting):
+class WaitingOnDisk(HiddenStates):
     "Hidden states between two layers, in two files that take turns."
     def __init__(self, folder: Path, ids: torch.Tensor, columns: int, batch: int, failed: Callable[[OSError], None]):
         super().__init__()

@@ -23,10 +23,10 @@ from .hessian import Curvature, curvature
 from .imatrix import ImportanceMatrix
 from .text import bundled_text, load_tokenizer, read_text, windows
 from ..errors import ArgumentError, CalibrationError, ProfileError
-from ..models.architectures import GGUFTensor, hf_tensors
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.fingerprint import fingerprint
 from ..models.layer_stack import LayerStack
+from ..models.transforms import GGUFTensor, hf_tensors
 from ..models.views import Replaced
 from ..quants.codec import decode, encode
 from ..quants.qtypes import qtype
@@ -35,7 +35,7 @@ from ..quants.qtypes import qtype
 def _halves(
     stack: LayerStack, spec: GGUFTensor, changed: dict
 ) -> list:  # the GGUFTensors that come from the same checkpoint tensors
-    return [t for t in stack.tensors if t.sources == spec.sources and t.way == "half"] if spec.way == "half" else [spec]
+    return [t for t in stack.tensors if t.sources == spec.sources and t.transform == "half"] if spec.transform == "half" else [spec]
 
 # %% ../../nbs/calibration/07_sensitivity.ipynb #sensitivity-probe
 class Probe:
@@ -45,7 +45,7 @@ class Probe:
                  *, device: str | None = None, keep: bool | None = None):
         self.stack = LayerStack(model, dtype=torch.float32, device=device, keep=keep)
         self.ids, self.specs = ids, {t.name: t for t in self.stack.tensors}
-        self.tied = "output.weight" not in self.specs or self.specs["output.weight"].way == "tied"
+        self.tied = "output.weight" not in self.specs or self.specs["output.weight"].transform == "tied"
         with torch.inference_mode():
             self.inputs = {0: self._embedded(self.stack)}
             for i in range(len(self.stack)): self.inputs[i + 1] = self._through(self.stack[i], self.inputs[i])
@@ -150,7 +150,7 @@ def decoded_as(
 # %% ../../nbs/calibration/07_sensitivity.ipynb #sensitivity-rows-of
 def _rows_of(spec: GGUFTensor, count: int) -> tuple: # (rows in GGUF order, the same rows in the checkpoint's order)
     rows = torch.linspace(0, spec.shape[-2] - 1, min(count, spec.shape[-2])).long()
-    if spec.way != "permute": return rows, rows
+    if spec.transform != "permute": return rows, rows
     order = (
         torch.arange(spec.shape[-2]).view(spec.number, 2, -1).transpose(1, 2).flatten()
     )  # as architectures.permute rearranges rows
@@ -393,7 +393,7 @@ def _predict_all(
     tell = progress or (lambda done, total, what="": None)
     stack = LayerStack(checkpoint, dtype=torch.float32, device=device)
     curved = curvature(stack, ids, progress=lambda done, total: tell(done, total, "curvature of the loss"))
-    specs, rows = [t for t in stack.tensors if t.quantizable and t.way not in ("computed", "tied")], []
+    specs, rows = [t for t in stack.tensors if t.quantizable and t.transform not in ("computed", "tied")], []
     for done, spec in enumerate(specs):
         tell(done, len(specs), f"predicting {spec.name}")
         rows.append(

@@ -21,11 +21,11 @@ from ..display import closest
 from ..errors import ArgumentError
 from ..files import Store
 from .scale_tuning import tune
-from ..models.architectures import GGUFTensor
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from ..models.layer_stack import LayerStack
 from ..models.memory import available_memory
+from ..models.transforms import GGUFTensor
 from ..quants.blocks import ENCODERS
 from ..quants.codec import encode
 from ..quants.error_feedback import feedback_encode

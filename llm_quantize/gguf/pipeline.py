@@ -28,9 +28,10 @@ from .profiles import Profile, Target
 from .protection import Protection, finish, importance_for_protection, protect, report
 from .result import QuantizationResult
 from .verify import checksum, verify_file
-from ..models.architectures import GGUFTensor, architecture
+from ..models.architectures import architecture
 from ..models.bitnet import BitNetCheckpoint
 from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.transforms import GGUFTensor
 from ..quants.codec import SEARCHES, decode, encode
 from ..quants.qtypes import QTYPES
 

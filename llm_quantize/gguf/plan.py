@@ -20,10 +20,11 @@ from .container import gguf_bytes
 from .mixes import ModelFacts, Plan, facts_from_metadata, find_mix, plan_mix
 from .profiles import Fit, Profile, Target, check_fit, choose_types, make_plan, resolve, unmeasured
 from .ternary_plan import candidates, find_ternary, plan_ternary
-from ..models.architectures import GGUFTensor, architecture
+from ..models.architectures import architecture
 from ..models.bitnet import BitNetCheckpoint, plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.tokenizers import tokenizer_metadata
+from ..models.transforms import GGUFTensor
 
 # %% ../../nbs/gguf/07_plan.ipynb #plan-harmless
 _log = logging.getLogger("llm_quantize")
@@ -137,7 +138,7 @@ _HEAD = "Q6_K" # as most mixes have it
 
 def _copied(specs: list) -> dict: # of GGUFTensors; GGUF name -> type
     "Output matrices that are a copy of the embedding: no measurement is about them, so their type is not chosen."
-    return {s.name: fitting(_HEAD, s.shape[-1]) for s in specs if s.way == "tied"}
+    return {s.name: fitting(_HEAD, s.shape[-1]) for s in specs if s.transform == "tied"}
 
 # %% ../../nbs/gguf/07_plan.ipynb #plan-fixed-bytes
 def _fixed_bytes(

@@ -27,11 +27,11 @@ from .container import open_gguf
 from .feedback_pass import EncodedAhead
 from .plan import GGUFJob
 from .profiles import sensitivity_path
-from ..models.architectures import GGUFTensor, hf_tensors
 from ..models.bitnet import BitNetCheckpoint, plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.layer_stack import LayerStack
 from ..models.listeners import Listener
+from ..models.transforms import GGUFTensor, hf_tensors
 from ..models.views import Replaced
 from ..quants.blocks import ENCODERS, error_weights, to_half
 from ..quants.codec import decode, encode
@@ -130,7 +130,7 @@ def up_of(specs: list,      # GGUFTensors of a model
     "The ffn_up whose rows can be scaled against the columns of an ffn_down; None where they are stacked, fused, biased or without a gate."
     named = {s.name: s for s in specs}
     up, stem = named.get(down.name.replace("ffn_down", "ffn_up")), down.name.rsplit(".", 2)[0]
-    plain = up is not None and up.way == down.way == "copy" and len(down.shape) == 2
+    plain = up is not None and up.transform == down.transform == "copy" and len(down.shape) == 2
     return up if plain and f"{stem}.ffn_gate.weight" in named and f"{stem}.ffn_up.bias" not in named else None
 
 def rescaled(checkpoint: Checkpoint, up: GGUFTensor, down: GGUFTensor, col: int, factor: float) -> Checkpoint:
@@ -465,7 +465,7 @@ def _quantized(job: GGUFJob, layer: int, encoded: dict, norms: dict, device: str
     def weights(spec):
         if spec.name in encoded: return decode(encoded[spec.name], types[spec.name]).view(spec.shape)
         return norms.get(spec.name, spec.load(job.checkpoint).float())
-    tensors = dict(hf_tensors([s for s in job.specs if s.layer == layer and s.way != "computed"], weights))
+    tensors = dict(hf_tensors([s for s in job.specs if s.layer == layer and s.transform != "computed"], weights))
     return LayerStack(Replaced(job.checkpoint, tensors), dtype=torch.float32, device=device, keep=False)[layer]
 
 def _multiply_row(data: torch.Tensor, type: str, row: int, factor: float) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ..errors import ArgumentError, AuthenticationError, ConversionError, ModelN
 # %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-sample-path
 def sample_path() -> Path: # directory of the bundled model
     "The bundled sample model: a Llama of 4.2 million weights, trained on books, small enough to ship."
-    return Path(__file__).parents[1] / "data" / "sample-4m"
+    return Path(str(resources.files("llm_quantize"))) / "data" / "sample-4m"
 
 # %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-write-sample
 def write_sample(folder: str | Path = "sample-4m" # directory to make
@@ -49,25 +50,21 @@ def _read_header(path: Path) -> dict[str, tuple[tuple, str]]: # tensor name -> (
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except FileNotFoundError:
-        raise ModelNotFoundError(
-            f"the weights file {path} is missing", "download the model again, or complete the copy"
-        ) from None
+        raise ModelNotFoundError(f"the weights file {path} is missing",
+                                 "download the model again, or complete the copy") from None
     except (SafetensorError, OSError) as error:
-        raise ModelNotFoundError(
-            f"the weights file {path} is damaged or not a safetensors file: {error}",
-            "download it again and compare its size",
-        ) from None
+        raise ModelNotFoundError(f"the weights file {path} is damaged or not a safetensors file: {error}",
+                                 "download it again and compare its size") from None
 
 # %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-read-json
 def _read_json(path: Path) -> dict:
     "A JSON object from a file of the model; raises `ModelNotFoundError` when it does not parse."
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    try: values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelNotFoundError(f"{path} cannot be read as JSON: {error}", "download this file again") from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise ModelNotFoundError(f"{path} does not hold a JSON object", "download this file again")
-    return found
+    return values
 
 # %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-weight-files
 def _weight_files(path: Path) -> tuple[list[Path], list[str]]: # (files, tensor names promised by the index)
@@ -78,9 +75,8 @@ def _weight_files(path: Path) -> tuple[list[Path], list[str]]: # (files, tensor 
         if not isinstance(placed, dict) or not placed:
             raise ModelNotFoundError(f"{index} has no weight_map", "download this file again")
         if not all(isinstance(name, str) for name in placed.values()):
-            raise ModelNotFoundError(
-                f"the weight_map of {index} names something that is no file", "download this file again"
-            )
+            raise ModelNotFoundError(f"the weight_map of {index} names something that is no file",
+                                     "download this file again")
         return [path / name for name in sorted(set(placed.values()))], list(placed)
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if files: return files, []
@@ -89,10 +85,8 @@ def _weight_files(path: Path) -> tuple[list[Path], list[str]]: # (files, tensor 
             f"{path} has its weights only as pytorch_model*.bin, which can run code when read",
             "save them as safetensors: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR)",
         )
-    raise ModelNotFoundError(
-        f"no .safetensors file in {path}",
-        "give a directory with the weights of a model, or a Hub id such as Qwen/Qwen3-0.6B",
-    )
+    raise ModelNotFoundError(f"no .safetensors file in {path}",
+                             "give a directory with the weights of a model, or a Hub id such as Qwen/Qwen3-0.6B")
 
 # %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-checkpoint-2
 class Checkpoint:
@@ -105,9 +99,8 @@ class Checkpoint:
         self.name = name or self.path.resolve().name
         config = self.path / "config.json"
         if not config.exists():
-            raise ModelNotFoundError(
-                f"no config.json in {self.path}", "give the directory that holds config.json and the .safetensors files"
-            )
+            raise ModelNotFoundError(f"no config.json in {self.path}",
+                                     "give the directory that holds config.json and the .safetensors files")
         self.config = _read_json(config)
         files, promised = _weight_files(self.path)
         self._where, self._info = {}, {}
@@ -116,10 +109,8 @@ class Checkpoint:
                 self._where[tensor], self._info[tensor] = file, info
         absent = [tensor for tensor in promised if tensor not in self._info]
         if absent:
-            raise ModelNotFoundError(
-                f"{len(absent)} tensors of the index are in no file of {self.path}, first: {absent[0]}",
-                "complete the download",
-            )
+            raise ModelNotFoundError(f"{len(absent)} tensors of the index are in no file of {self.path}, "
+                                     f"first: {absent[0]}", "complete the download")
 
     @property
     def names(self) -> list[str]:
@@ -130,25 +121,30 @@ class Checkpoint:
         "Shape of a tensor, read from the header."
         return self._info[name][0]
 
+    def stored_type(self, name: str) -> str:
+        "Type of a tensor as the file writes it: BF16, F32, U8 ..."
+        return self._info[name][1]
+
     def dtype(self, name: str) -> torch.dtype:
         "Dtype of a tensor; raises `ConversionError` for one that is not a plain float (an already quantized model)."
-        code = self._info[name][1]
+        code = self.stored_type(name)
         if code not in _DTYPES:
-            raise ConversionError(
-                f"tensor {name} is of type {code}: this checkpoint is already quantized",
-                "start from the bf16, f16 or f32 checkpoint of the model",
-            )
+            raise ConversionError(f"tensor {name} is of type {code}: this checkpoint is already quantized",
+                                  "start from the bf16, f16 or f32 checkpoint of the model")
         return _DTYPES[code]
 
     def tensor(self, name: str) -> torch.Tensor:
-        "One tensor, read now, in its own dtype."
+        "One tensor, read now, in its own dtype; raises `ConversionError` for one that is not a plain float."
         self.dtype(name)
+        return self.stored(name)
+
+    def stored(self, name: str) -> torch.Tensor:
+        "One tensor as it is in the file, of whatever type."
         try:
             with safe_open(self._where[name], "pt") as file: return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelNotFoundError(
-                f"tensor {name} cannot be read from {self._where[name]}: {error}", "download this file again"
-            ) from None
+            raise ModelNotFoundError(f"tensor {name} cannot be read from {self._where[name]}: {error}",
+                                     "download this file again") from None
 
     @cached_property
     def parameters(self) -> int:
@@ -161,7 +157,8 @@ class Checkpoint:
         return sum(file.stat().st_size for file in set(self._where.values()))
 
     def __repr__(self) -> str:
-        return f"Checkpoint({self.name}: {len(self._info)} tensors, {self.parameters / 1e6:.1f} M weights, {self.bytes / 1e6:.1f} MB)"
+        size = f"{self.parameters / 1e6:.1f} M weights, {self.bytes / 1e6:.1f} MB"
+        return f"Checkpoint({self.name}: {len(self._info)} tensors, {size})"
 
 # %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-wanted-json-safetensors-mode
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "additional_chat_templates/*"]
@@ -170,42 +167,33 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab
 def _download(model: str, token: str | None) -> Path: # local snapshot directory
     "Fetch a Hub repository into the Hugging Face cache."
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-    try:
-        return Path(snapshot_download(model, allow_patterns=_WANTED, token=token or os.environ.get("HF_TOKEN")))
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    try: return Path(snapshot_download(model, allow_patterns=_WANTED, token=token or os.environ.get("HF_TOKEN")))
     except GatedRepoError:
-        raise AuthenticationError(
-            f"{model} is gated: its owner asks readers to accept a licence",
-            f"accept it at https://huggingface.co/{model}, then set HF_TOKEN to a token of that account",
-        ) from None
+        raise AuthenticationError(f"{model} is gated: its owner asks readers to accept a licence",
+                                  f"accept it at https://huggingface.co/{model}, "
+                                  "then set HF_TOKEN to a token of that account") from None
     except RepositoryNotFoundError:
         raise ModelNotFoundError(f"'{model}' is neither a directory here nor a public model on the Hub",
                                  "check the spelling; for a private model set HF_TOKEN") from None
     except HFValidationError:
-        raise ModelNotFoundError(
-            f"no directory '{model}', and it is not a Hub id either", "give a local directory or OWNER/NAME"
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        # snapshot_download reports an HTTP refusal as "not in the cache either": the refusal itself is further up the chain
-        chain = [error, error.__cause__, error.__context__]
-        status = next(
-            (e.response.status_code for e in chain if isinstance(e, HfHubHTTPError) and e.response is not None), None
-        )
-        if status in (401, 403):
-            raise AuthenticationError(
-                f"the Hub refuses access to {model} (HTTP {status})", "set HF_TOKEN to a token that may read it"
-            ) from None
-        if status: raise ModelNotFoundError(f"the Hub answered HTTP {status} for {model}", "try again later") from None
-        raise ModelNotFoundError(
-            f"no directory '{model}' here, and the Hugging Face Hub cannot be reached ({type(error).__name__})",
-            "check the path; without a network, give a local directory",
-        ) from None
+        raise ModelNotFoundError(f"no directory '{model}', and it is not a Hub id either",
+                                 "give a local directory or OWNER/NAME") from None
+    except (HfHubHTTPError, OSError) as error: raise _hub_error(model, error) from None
+
+# %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-hub-error
+def _hub_error(model: str, error: Exception) -> Exception:
+    "What to raise where the Hub refuses or cannot be reached."
+    from huggingface_hub.errors import HfHubHTTPError
+    chain = [e for e in (error, error.__cause__, error.__context__) if isinstance(e, HfHubHTTPError)]
+    status = next((e.response.status_code for e in chain if e.response is not None), None)
+    if status in (401, 403):
+        return AuthenticationError(f"the Hub refuses access to {model} (HTTP {status})",
+                                   "set HF_TOKEN to a token that may read it")
+    if status: return ModelNotFoundError(f"the Hub answered HTTP {status} for {model}", "try again later")
+    reason = f"the Hugging Face Hub cannot be reached ({type(error).__name__})"
+    return ModelNotFoundError(f"no directory '{model}' here, and {reason}",
+                              "check the path; without a network, give a local directory")
 
 # %% ../../nbs/models/01_checkpoint.ipynb #checkpoint-open-checkpoint
 def open_checkpoint(model: str | Path | Checkpoint, # local directory or Hub id
@@ -216,11 +204,9 @@ def open_checkpoint(model: str | Path | Checkpoint, # local directory or Hub id
     path = Path(model).expanduser()
     if path.is_dir(): return Checkpoint(path)
     if path.is_file():
-        hint = (
-            "a GGUF file is an output; give the Hugging Face directory it was made from"
-            if path.suffix == ".gguf"
-            else "give the directory, not a file in it"
-        )
+        hint = "give the directory, not a file in it"
+        if path.suffix == ".gguf":
+            hint = "a GGUF file is an output; give the Hugging Face directory it was made from"
         raise ConversionError(f"{path} is a file, not a model directory", hint)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)) or str(model).startswith("."):
         raise ModelNotFoundError(f"no directory {model}", "check the path")

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from llm_quantize.calibration.text import bundled_text
 from llm_quantize.errors import ArgumentError, ConversionError
 from llm_quantize.models.pretokenizers import KNOWN_NAMES, PRE_TOKENIZERS, chain_of, recognise
-from llm_quantize.models.tokenizers import read_sentencepiece, tokenizer_metadata
+from llm_quantize.models.tokenizer_files import read_sentencepiece
+from llm_quantize.models.tokenizers import tokenizer_metadata
 
 # ---- text ----------------------------------------------------------------------------------------------------------------------------------------
 
