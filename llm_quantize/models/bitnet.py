@@ -7,7 +7,6 @@ __all__ = ['round_masters', 'unpack_trits', 'BitNetCheckpoint', 'plain_weights']
 
 # %% ../../nbs/models/04_bitnet.ipynb #bitnet-import-re
 import re
-from functools import cached_property
 
 import torch
 
@@ -44,7 +43,6 @@ class BitNetCheckpoint(View):
         super().__init__(checkpoint)
         self.config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         self.settings = checkpoint.config.get("quantization_config") or _MASTERS
-        self._excluded = tuple(self.settings.get("modules_to_not_convert") or ())
         self._stored = set(checkpoint.names)
 
     def _scale(self, name: str) -> str | None: # name of its scale
@@ -53,8 +51,8 @@ class BitNetCheckpoint(View):
     def _packed(self, name: str) -> bool: return self.stored_type(name) == "U8" and self._scale(name) is not None
 
     def _master(self, name: str) -> bool:
-        rounds = all(self.settings.get(key) == value for key, value in _MASTERS.items())
-        return rounds and bool(_MATRIX.search(name)) and not any(part in name for part in self._excluded)
+        rounds = all(self.settings.get(key) == value for key, value in _MASTERS.items()) and _MATRIX.search(name)
+        return bool(rounds) and not any(part in name for part in self.settings.get("modules_to_not_convert") or ())
 
     @property
     def names(self) -> list[str]:
@@ -81,11 +79,6 @@ class BitNetCheckpoint(View):
         weight = unpack_trits(self.original.stored(name)) if packed else self.original.tensor(name).float()
         factor = self.original.tensor(scale).float()
         return weight * factor if self.settings.get("linear_class") == "autobitlinear" else weight / factor
-
-    @cached_property
-    def parameters(self) -> int:
-        "Number of weights, unpacked."
-        return sum(torch.Size(self.shape(name)).numel() for name in self.names)
 
 # %% ../../nbs/models/04_bitnet.ipynb #bitnet-plain-weights
 def plain_weights(checkpoint: Checkpoint) -> Checkpoint:

@@ -22,7 +22,15 @@ from .memory import available_memory, process_limits
 from .one_layer import IN_LAYER, StandIn, one_layer_model, text_config, text_names
 from .views import Replaced
 
-# %% ../../nbs/models/19_layer_stack.ipynb #layer_stack-product-dtype
+# %% ../../nbs/models/19_layer_stack.ipynb #layer_stack-checked-device
+def _checked_device(device: str | None) -> str:
+    "The device asked for, or CUDA if there is one; raises `ArgumentError` where CUDA is asked for in vain."
+    there = torch.cuda.is_available()
+    if device is None: return "cuda" if there else "cpu"
+    if torch.device(device).type == "cuda" and not there:
+        raise ArgumentError(f"there is no device {device} here", "use cpu")
+    return device
+
 def _product_dtype(tensors: list, checkpoint: Checkpoint, device: str) -> torch.dtype:
     "bfloat16 where the weights are, and where the device is fast at it; else float32."
     stored = {checkpoint.dtype(source) for t in tensors if is_read(t) for source in t.sources}
@@ -50,11 +58,8 @@ class LayerStack:
                  *, device: str | None = None,       # default: CUDA if there is one
                  dtype: torch.dtype | None = None,   # of matrix products; default: bfloat16 where exact and fast
                  keep: bool | None = None):          # hold all layers in memory; default: if they fit
-        self.checkpoint = open_checkpoint(model)
+        self.checkpoint, self.device = open_checkpoint(model), _checked_device(device)
         self.tensors = architecture(self.checkpoint.config).tensors(self.checkpoint)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ArgumentError(f"there is no device {self.device} here", "use cpu")
         self.dtype = dtype or _product_dtype(self.tensors, self.checkpoint, self.device)
         self.inputs, self.config = layer_inputs(self.tensors), text_config(self.checkpoint)
         self.bytes = _layer_bytes(self.tensors, self.dtype)
@@ -75,8 +80,7 @@ class LayerStack:
               replaced: dict | None = None         # Hugging Face name -> weights instead of the checkpoint's
              ) -> Layer:
         "Layer `i` with some tensors replaced, not kept. What the stack keeps is not read again."
-        places = {name: IN_LAYER.match(self._names[name]) for name in replaced or ()}
-        own = {place[2]: replaced[name] for name, place in places.items() if place and int(place[1]) == i}
+        own = _inside_layer(self._names, replaced or {}, i)
         if not own: return self[i]
         with torch.inference_mode(False): layer = self._layers[i].exchanged(own) if i in self._layers else None
         return layer or _load_layer(self, i, Replaced(self.checkpoint, replaced))
@@ -92,7 +96,12 @@ class LayerStack:
         "The last norm, the output matrix, and the cap that some families put on logits."
         return _head(self, Replaced(self.checkpoint, replaced or {}))
 
-# %% ../../nbs/models/19_layer_stack.ipynb #layer_stack-load-layer
+# %% ../../nbs/models/19_layer_stack.ipynb #layer_stack-inside-layer
+def _inside_layer(names: dict, tensors: dict, i: int) -> dict: # path in the layer -> weights
+    "Those of the named tensors that belong to a layer."
+    places = {name: IN_LAYER.match(names[name]) for name in tensors}
+    return {place[2]: tensors[name] for name, place in places.items() if place and int(place[1]) == i}
+
 @torch.inference_mode(False)
 def _load_layer(stack: LayerStack, i: int, checkpoint: Checkpoint) -> Layer:
     reads = {name.split(".")[2]: read for read in stack.inputs if read.layer == i for name in read.names}

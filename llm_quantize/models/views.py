@@ -45,17 +45,9 @@ class View(Checkpoint):
         return self.original.stored(name)
 
     @property
-    def parameters(self) -> int:
-        "Number of weights."
-        return self.original.parameters
-
-    @property
     def bytes(self) -> int:
         "Size of the weights files in bytes."
         return self.original.bytes
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.original!r})"
 
 # %% ../../nbs/models/03_views.ipynb #views-replaced
 class Replaced(View):
