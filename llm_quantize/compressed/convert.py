@@ -444,7 +444,7 @@ class _Run:
             else: gather.take(place.layer - 1)
         run_windows(stack, self.ids, gather, start=start, waiting=waiting, step=step)
 
-    def _beginning(self, stack: LayerStack, first: int) -> tuple: # Place, Waiting
+    def _beginning(self, stack: LayerStack, first: int) -> tuple: # Place, HiddenStates
         "Where to begin, and where hidden states wait."
         if self.store is None or self.store.folder is None: return Place(), None
         waiting = WaitingOnDisk(

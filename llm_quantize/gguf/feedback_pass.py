@@ -21,14 +21,14 @@ from ..files import Store
 from .options import Calibration, Feedback
 from .plan import Draft, FilePlan, require_runnable
 from .scale_tuning import tune
-from ..models.architectures import GGUFTensor
 from ..models.fingerprint import fingerprint
 from ..models.job import Job
 from ..models.layer_stack import LayerStack
 from ..models.memory import available_memory
+from ..models.transforms import GGUFTensor
 from ..quants.blocks import ENCODERS
-from ..quants.refine import feedback_encode
 from ..quants.qtypes import QTYPES
+from ..quants.refine import feedback_encode
 
 # %% ../../nbs/gguf/11_feedback_pass.ipynb #feedback_pass-fed-back
 def fed_back(spec: GGUFTensor, type: str) -> bool:
