@@ -14,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .api import quantize
 from .calibration.text import bundled_text, load_tokenizer, windows
 from .display import human_size
 from .errors import ArgumentError, CoherenceError, LLMQuantizeError, QualityDegradationError
 from .gguf.plan import plan_gguf
-from .gguf.profiles import Target
 from .models.bitnet import plain_weights
 from .models.checkpoint import Checkpoint, open_checkpoint
+from .models.job import Job
 from .models.reference import load_float
 from .quality.coherence import Coherence, coherence, continuations, read_prompts
 from .quality.evaluate import QualityReport, _report
@@ -174,7 +173,7 @@ def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file
             "--smoothquant --alpha auto --error-feedback",
             "--smoothquant --alpha none",
         ]
-        plan = plan_gguf(bench.checkpoint, "Q8_0", pre=options.get("pre"))
+        plan = plan_gguf(Job(bench.checkpoint, pre=options.get("pre")), "Q8_0")
         known = (result.recipe.alpha, result.recipe.error_feedback)
         own = [
             _Step(w, result.file_size, t, "smoothquant")
@@ -188,14 +187,14 @@ def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file
             _Step(
                 f"-q dynamic --target-size {size / 1e9:.4g}",
                 size,
-                {"quant_level": "dynamic", "target": Target(float(size), "bytes")},
+                {"quant_level": "dynamic", "target_size": size / 1e9},
             )
             for size in sizes
             if size < 0.5 * bench.checkpoint.bytes
         ]
     steps = []
     for level in _LADDER:
-        size = plan_gguf(bench.checkpoint, level, pre=options.get("pre")).file_bytes
+        size = plan_gguf(Job(bench.checkpoint, pre=options.get("pre")), level).file_bytes
         if size > result.file_size: steps.append(_Step(f"-q {level}", size, {"quant_level": level}))
     return sorted(steps, key=lambda step: step.size)
 
@@ -223,6 +222,7 @@ def _try(bench: _Bench, step: _Step, measure: Callable, options: dict, folder: P
     if step.options.get("quant_level") == "dynamic" and options.get("profile") is not None:
         kept["profile"] = options["profile"]
     _log.info("looking for what would have met the threshold: %s, %s", step.words, human_size(step.size))
+    from llm_quantize.api import quantize
     with tempfile.TemporaryDirectory(prefix=".llm-quantize-", dir=folder) as place:
         made = quantize(bench.checkpoint, step.format, output_dir=place, **kept, **step.options)
         return measure(*bench.open(made.output_path))

@@ -120,7 +120,8 @@ def error_weights(importance: torch.Tensor, # (columns,): what a squared error i
                   ) -> torch.Tensor:  # (blocks in a row, size)
     "The same per block, about 1 in the mean and nowhere 0: only ratios within a block matter, and a block without importance counts all alike."
     blocks = (importance / importance.max().clamp(min=1e-30)).view(-1, size)
-    return ratio(blocks, blocks.mean(-1, keepdim=True)) + 1e-6
+    mean = blocks.mean(-1, keepdim=True)
+    return torch.where(mean > 0, ratio(blocks, mean), 1.0) + 1e-6
 
 # %% ../../nbs/quants/02_blocks.ipynb #blocks-cache-dir
 def cache_dir() -> Path:

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from llm_quantize.calibration.analysis import analyze
-from llm_quantize.calibration.cached import cached_imatrix, imatrix_cache
+from llm_quantize.models.job import Job
+from llm_quantize.cli.main import analyze
+from llm_quantize.calibration.analysis import cached_imatrix, imatrix_cache
 from llm_quantize.models.checkpoint import sample_path, write_sample
 from llm_quantize.cli.main import main
 from llm_quantize.errors import CalibrationError, ImatrixError, LLMQuantizeError
@@ -54,13 +55,13 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_it_is_what_analyze_computes_and_is_computed_once(cache, tmp_path, caplog):
     caplog.set_level("INFO", "llm_quantize")
-    first = cached_imatrix(sample_path(), calibration_samples=3, device="cpu")
+    first = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=3)
     assert "computing" in caplog.text and len(files(cache)) == 1
     analyze(sample_path(), output=tmp_path / "own.imatrix", calibration_samples=3, device="cpu", checkpoint_dir=tmp_path / "state")
     assert equal(first, ImportanceMatrix.load(tmp_path / "own.imatrix")) and (cache / files(cache)[0]).read_bytes() == (tmp_path / "own.imatrix").read_bytes()
     stamp = (cache / files(cache)[0]).stat().st_mtime_ns
     caplog.clear()
-    again = cached_imatrix(sample_path(), calibration_samples=3, device="cpu")
+    again = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=3)
     assert equal(first, again) and "taken from the cache" in caplog.text and "computing" not in caplog.text
     assert (cache / files(cache)[0]).stat().st_mtime_ns == stamp
     assert {p.suffix for p in cache.iterdir()} == {".imatrix", ".lock"}
@@ -70,17 +71,17 @@ def test_another_text_or_model_has_a_matrix_of_its_own(cache, tmp_path):
     text = tmp_path / "own.txt"
     text.write_text("The moon is a stone that shines. " * 500)
     own = write_sample(tmp_path / "sample-4m")
-    cached_imatrix(own, calibration_samples=2, device="cpu")
-    cached_imatrix(own, calibration_samples=3, device="cpu")
-    cached_imatrix(own, calibration_samples=2, calibration_data=text, device="cpu")
+    cached_imatrix(Job(own, device="cpu"), calibration_samples=2)
+    cached_imatrix(Job(own, device="cpu"), calibration_samples=3)
+    cached_imatrix(Job(own, device="cpu"), calibration_samples=2, calibration_data=text)
     assert len(files(cache)) == 3
     weights = bytearray((own / "model.safetensors").read_bytes())
     weights[-1000] ^= 1
     (own / "model.safetensors").write_bytes(weights)
-    cached_imatrix(own, calibration_samples=2, device="cpu")
+    cached_imatrix(Job(own, device="cpu"), calibration_samples=2)
     assert len(files(cache)) == 4
     text.write_text("The moon is a stone that shines, " * 500)
-    cached_imatrix(own, calibration_samples=2, calibration_data=text, device="cpu")
+    cached_imatrix(Job(own, device="cpu"), calibration_samples=2, calibration_data=text)
     assert len(files(cache)) == 5
 
 
@@ -91,14 +92,14 @@ def damage_other(path): ImportanceMatrix({"blk.0.attn_q.weight": torch.ones(1, 8
 
 
 def test_a_damaged_file_is_made_again(cache, caplog):
-    first = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
+    first = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2)
     path = cache / files(cache)[0]
     whole = path.read_bytes()
     caplog.set_level("INFO", "llm_quantize")
     for damage in (damage_cut, damage_empty, damage_words, damage_other):
         damage(path)
         caplog.clear()
-        assert equal(first, cached_imatrix(sample_path(), calibration_samples=2, device="cpu"))
+        assert equal(first, cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2))
         assert path.read_bytes() == whole and "again" in caplog.text, damage.__name__
 
 
@@ -108,34 +109,34 @@ def test_a_killed_run_is_taken_up(cache):
 import os, signal
 import llm_quantize.calibration.collect as importance
 importance.RunState.due = lambda self, place: True
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu", progress=lambda done, total, speed: done >= 2 * 512 + 1 and os.kill(os.getpid(), signal.SIGKILL))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert not files(cache) and list(cache.glob("*.state/analyze.state"))
     seen = []
-    cached_imatrix(sample_path(), calibration_samples=4, device="cpu", progress=lambda done, total, speed: seen.append(done))
+    cached_imatrix(Job(sample_path(), device="cpu", progress=lambda done, total, speed: seen.append(done)), calibration_samples=4)
     assert seen[0] > 512, "the first windows were not run again"
     resumed = (cache / files(cache)[0]).read_bytes()
     (cache / files(cache)[0]).unlink()
-    cached_imatrix(sample_path(), calibration_samples=4, device="cpu")
+    cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=4)
     assert (cache / files(cache)[0]).read_bytes() == resumed and not list(cache.glob("*.state"))
 
 
 def test_a_damaged_state_is_no_reason_to_fail(cache, caplog):
-    first = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
+    first = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2)
     path = cache / files(cache)[0]
     path.unlink()
     path.with_suffix(".state").mkdir()
     (path.with_suffix(".state") / "analyze.state").write_bytes(b"no state")
-    assert equal(first, cached_imatrix(sample_path(), calibration_samples=2, device="cpu")) and "from the beginning" in caplog.text
+    assert equal(first, cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2)) and "from the beginning" in caplog.text
 
 
 def test_two_at_once_compute_once(cache):
     code = f"""
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu")
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -145,7 +146,7 @@ cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu")
 
 def test_without_a_place_for_the_cache(cache, caplog):
     cache.write_text("a file where the directory should be")
-    matrix = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
+    matrix = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2)
     assert len(matrix.names) == 28 and "for this run only" in caplog.text
 
 
@@ -155,8 +156,8 @@ NEEDING = [name for name, t in QTYPES.items() if t.needs_imatrix] + ["Q2_K_S", "
 
 
 def test_what_needs_importance_is_planned_with_it():
-    for level in NEEDING: assert plan_gguf(sample_path(), level).lacks_imatrix, level
-    for level in ("IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL", "Q2_K", "Q3_K_S"): assert not plan_gguf(sample_path(), level).lacks_imatrix, level
+    for level in NEEDING: assert plan_gguf(Job(sample_path()), level).lacks_imatrix, level
+    for level in ("IQ3_S", "IQ3_M", "IQ4_XS", "IQ4_NL", "Q2_K", "Q3_K_S"): assert not plan_gguf(Job(sample_path()), level).lacks_imatrix, level
 
 
 @pytest.mark.parametrize("level", ["IQ1_S", "IQ3_XXS", "Q2_K_S"])
@@ -191,7 +192,7 @@ def test_a_place_that_cannot_be_written_to_is_found_first(cache, tmp_path):
 
 def test_a_type_that_needs_none_computes_none(cache, tmp_path):
     result = quantize(sample_path(), "gguf", "Q4_K_M", output_dir=tmp_path, device="cpu")
-    assert result.imatrix is None and not cache.exists() and not plan_gguf(sample_path(), "Q4_K_M").lacks_imatrix
+    assert result.imatrix is None and not cache.exists() and not plan_gguf(Job(sample_path()), "Q4_K_M").lacks_imatrix
 
 
 def test_the_dry_run_says_so_and_computes_nothing(cache, capsys):
@@ -202,7 +203,7 @@ def test_the_dry_run_says_so_and_computes_nothing(cache, capsys):
 
 
 def test_a_matrix_without_an_entry_that_is_needed(tmp_path):
-    whole = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
+    whole = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2)
     gone = "blk.2.ffn_up.weight"
     part = ImportanceMatrix(*({k: v for k, v in d.items() if k != gone} for d in (whole.sums, whole.counts)))
     with pytest.raises(ImatrixError, match=gone) as caught: quantize(sample_path(), "gguf", "Q2_K_S", output_dir=tmp_path / "out", imatrix=part)

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from llm_quantize.models.job import Job
 from llm_quantize.calibration import hessian
 
 from llm_quantize.calibration import sensitivity
@@ -12,7 +13,9 @@ from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError, CalibrationError, ProfileError
 from llm_quantize.calibration.hessian import Curvature, curvature
-from llm_quantize.calibration.sensitivity import Effort, Probe, Sensitivity, TensorCosts, candidate_types, corrected, decoded_as, find_effort, measure_sensitivity, plot_sensitivity, spearman, texts
+from llm_quantize.calibration.effort import Effort, find_effort
+from llm_quantize.calibration.probe import Probe, texts
+from llm_quantize.calibration.sensitivity import Sensitivity, TensorCosts, candidate_types, corrected, decoded_as, measure_sensitivity, plot_sensitivity, spearman
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def ids(sample): return windows(load_tokenizer(sample.path), bundled_text("calib
 
 
 @pytest.fixture(scope="module")
-def probe(sample, ids): return Probe(sample, ids, device="cpu", keep=True)
+def probe(sample, ids): return Probe(LayerStack(sample, dtype=torch.float32, device="cpu", keep=True), ids)
 
 
 def test_cost_is_the_mean_square_of_what_moves():
@@ -105,15 +108,15 @@ def small_effort():
 
 def test_a_stopped_run_goes_on(sample, tmp_path, small_effort, monkeypatch):
     path = tmp_path / "x.sensitivity.json"
-    whole = measure_sensitivity(sample, effort="quick", path=path, device="cpu")
+    whole = measure_sensitivity(Job(sample, device="cpu"), effort="quick", path=path)
     assert Sensitivity.load(path) == whole and len(whole.tensors) == 29 and len(whole.measured) == 28
     half = Sensitivity(whole.model, whole.about, tuple(TensorCosts(t.name, t.shape, t.predicted, t.measured if i % 2 else {}) for i, t in enumerate(whole.tensors)))
     half.save(path)
     monkeypatch.setattr(sensitivity, "_predict_all", lambda *a: pytest.fail("predicted again"))
-    again = measure_sensitivity(sample, effort="quick", path=path, device="cpu")
+    again = measure_sensitivity(Job(sample, device="cpu"), effort="quick", path=path)
     assert again == whole
     monkeypatch.setattr(sensitivity, "Probe", lambda *a, **k: pytest.fail("measured again"))
-    assert measure_sensitivity(sample, effort="quick", path=path, device="cpu") == whole
+    assert measure_sensitivity(Job(sample, device="cpu"), effort="quick", path=path) == whole
 
 
 @pytest.mark.parametrize("damage", [lambda d: d.pop("tensors"), lambda d: d.update(version=2), lambda d: d["tensors"][0]["predicted"].update(Q99=1), lambda d: d.update(tensors=3),
@@ -132,10 +135,10 @@ def test_damaged_files_are_refused(tmp_path, damage):
 def test_efforts_and_texts(sample, tmp_path):
     assert find_effort("THOROUGH").trials > find_effort("default").trials
     with pytest.raises(ArgumentError, match="unknown effort"): find_effort("huge")
-    ids, selection = texts(sample, find_effort("default"))
+    ids, selection = texts(Job(sample), find_effort("default"))
     assert not {tuple(w[1:].tolist()) for w in ids} & {tuple(w[1:].tolist()) for w in selection}
     (tmp_path / "few.txt").write_text("word " * 700)
-    with pytest.raises(CalibrationError): texts(sample, find_effort("default"), tmp_path / "few.txt")
+    with pytest.raises(CalibrationError): texts(Job(sample), find_effort("default"), tmp_path / "few.txt")
 
 
 def test_ranks_and_map():

@@ -23,6 +23,18 @@ def ids():
     return windows(load_tokenizer(sample_path()), bundled_text("calibration"), limit=1)
 
 
+def test_one_stack_serves_all(ids, monkeypatch):
+    "A stack that is given is used: no other one is made to search in, and the result is that of the checkpoint."
+    stack, made = LayerStack(sample_path(), device="cpu", dtype=torch.float32), []
+    init = LayerStack.__init__
+    monkeypatch.setattr(LayerStack, "__init__", lambda self, model, **options: (made.append(type(model)), init(self, model, **options))[1])
+    given = find_super_weights(stack, ids, effect_ids=ids)
+    assert set(made) == {Zeroed}
+    made.clear()
+    assert given == find_super_weights(sample_path(), ids, effect_ids=ids, device="cpu")
+    assert set(made) != {Zeroed}
+
+
 def edited(folder, change):
     "A copy of the sample model with its weights changed by `change(weights)`."
     folder.mkdir()

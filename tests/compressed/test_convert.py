@@ -24,7 +24,7 @@ from llm_quantize.compressed.smoothing import Seen
 from llm_quantize.compressed.directory import DirectoryWriter
 from llm_quantize.compressed.convert import Recipe, check_alpha, encode_layer, not_helped, smoothquant
 
-from tests.compressed.test_smoothing import CASES, VOCABULARY, logits, tiny, tokens
+from tests.compressed.tiny import CASES, VOCABULARY, logits, tiny, tokens
 
 TEXT = torch.randint(2, VOCABULARY, (3, 48), generator=torch.Generator().manual_seed(1))
 

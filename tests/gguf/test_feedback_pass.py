@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_quantize.gguf import feedback_pass as room
+from llm_quantize.gguf.feedback_pass import feedback_pass as room
 from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.models.architectures import architecture
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.models.reference import load_float
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.quantized_model import load_quantized
-from llm_quantize.gguf.feedback_pass import Effort, encode_ahead, find_effort
+from llm_quantize.calibration.effort import Effort, find_effort
+from llm_quantize.gguf.feedback_pass import encode_ahead
 from llm_quantize.errors import ArgumentError, CheckpointError
 from llm_quantize.calibration.hessian import layer_groups, second_moments
 from llm_quantize.quality.metrics import score_windows
@@ -29,20 +31,19 @@ def tiny(monkeypatch): monkeypatch.setitem(room.EFFORTS, "tiny", Effort(12, 8, 1
 
 
 def test_the_file_runs_and_is_closer(tmp_path):
-    from llama_cpp import Llama
     plain = quantize(sample_path(), "gguf", "Q2_K", output_dir=tmp_path, search="reference")
     fed = quantize(sample_path(), "gguf", "Q2_K", output_dir=tmp_path, output_name="fed", error_feedback=True, effort="tiny")
     assert fed.file_size == plain.file_size and fed.error_feedback["kld_after_tuning"] < fed.error_feedback["kld_before_tuning"]
     ids = windows(load_tokenizer(sample_path()), bundled_text("heldout"), limit=6)
     a, b = score_windows(load_float(sample_path()), [load_quantized(sample_path(), r.output_path) for r in (plain, fed)], ids)
     assert b.kld.mean() < 0.85 * a.kld.mean()
-    model = Llama(fed.output_path, n_ctx=128, verbose=False, seed=0)
+    model = open_llama(fed.output_path, n_ctx=128, seed=0)
     assert model.create_completion("The history of", max_tokens=8, temperature=0)["choices"][0]["text"]
 
 
 RUN = """
 import sys
-from llm_quantize.gguf import feedback_pass as room
+from llm_quantize.gguf.feedback_pass import feedback_pass as room
 from llm_quantize.api import quantize
 room.EFFORTS["tiny"] = room.Effort(4, 4, 1)
 folder, resume = sys.argv[1:3]
@@ -90,7 +91,7 @@ def test_the_diagonal_is_the_fisher_importance():
     from llm_quantize.calibration.collect import collect
     ids = windows(load_tokenizer(sample_path()), bundled_text("calibration"), limit=2)
     [moments] = second_moments(LayerStack(sample_path(), device="cpu", dtype=torch.float32), ids)
-    matrix = collect(sample_path(), ids, method="fisher", device="cpu", dtype=torch.float32)
+    matrix = collect(LayerStack(sample_path(), device="cpu", dtype=torch.float32), ids, method="fisher")
     for name in ("blk.0.attn_k.weight", "blk.3.ffn_down.weight"):
         ours, theirs = moments[name][0].diagonal(), matrix.importance(name).flatten()
         assert torch.allclose(ours / ours.sum(), theirs / theirs.sum(), rtol=1e-3, atol=1e-9)

@@ -10,7 +10,8 @@ from llm_quantize.gguf.allocation import Choice, Rule
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError, ProfileError
-from llm_quantize.gguf.profiles import PRESETS, Profile, Target, check_fit, choose_types, facts_of, list_profiles, make_plan, make_target, type_map
+from llm_quantize.gguf.profiles import PRESETS, Profile, Target, facts_of, list_profiles, make_target, type_map
+from llm_quantize.gguf.resolution import check_fit, choose_types, make_plan
 from llm_quantize.quants.qtypes import qtype
 from llm_quantize.gguf.tensor_rules import kept_float
 

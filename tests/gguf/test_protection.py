@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.calibration.cached import cached_imatrix
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.models.job import Job
+from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.cli.main import main
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.codec import decode, encode
 from llm_quantize.gguf.feedback_pass import EncodedAhead
 from llm_quantize.errors import ArgumentError
 from llm_quantize.gguf.plan import plan_gguf
-from llm_quantize.gguf.profiles import Target, sensitivity_path
-from llm_quantize.gguf.protection import Protection, exchange, finish, half_ulp, pin, raise_weights, rescaled, up_of
+from llm_quantize.gguf.profiles import Target
+from llm_quantize.gguf.resolution import sensitivity_path
+from llm_quantize.gguf.protection import Protection, exchange, finish, rescaled, up_of
+from llm_quantize.gguf.pinning import half_ulp, pin, raise_weights
 from llm_quantize.quality.evaluate import compare
 from llm_quantize.api import quantize
-from llm_quantize.calibration.sensitivity import Probe, find_effort, measure_sensitivity, texts
+from llm_quantize.calibration.probe import Probe, texts
+from llm_quantize.calibration.effort import find_effort
+from llm_quantize.calibration.sensitivity import measure_sensitivity
 from llm_quantize.calibration.super_weights import rank_weights
 
 DOWN, PLACES = "blk.0.ffn_down.weight", [(12, 210), (3, 210), (156, 210), (174, 210)]
@@ -28,13 +35,13 @@ DOWN, PLACES = "blk.0.ffn_down.weight", [(12, 210), (3, 210), (156, 210), (174, 
 
 @pytest.fixture(scope="module")
 def imatrix():
-    return cached_imatrix(sample_path(), calibration_samples=16)
+    return cached_imatrix(Job(sample_path()), calibration_samples=16)
 
 
 @pytest.fixture(scope="module")
 def down(imatrix):
     "Weights of the tensor with the super weights, and the importance of its columns."
-    spec = next(s for s in plan_gguf(sample_path(), "Q2_K").specs if s.name == DOWN)
+    spec = next(s for s in plan_gguf(Job(sample_path()), "Q2_K").specs if s.name == DOWN)
     return spec.load(open_checkpoint(sample_path())).float(), imatrix.importance(DOWN)
 
 
@@ -106,18 +113,18 @@ def test_raised_weights_come_out_better(down):
 
 def test_a_rescaled_model_says_the_same():
     checkpoint = open_checkpoint(sample_path())
-    specs = plan_gguf(checkpoint, "Q2_K").specs
+    specs = plan_gguf(Job(checkpoint), "Q2_K").specs
     spec = next(s for s in specs if s.name == DOWN)
     other = rescaled(checkpoint, up_of(specs, spec), spec, 210, 0.125)
-    ids = texts(checkpoint, find_effort("quick"))[1][:1]
-    a, b = (Probe(c, ids, device="cpu").expected[0] for c in (checkpoint, other))
+    ids = texts(Job(checkpoint), find_effort("quick"))[1][:1]
+    a, b = (Probe(LayerStack(c, dtype=torch.float32, device="cpu"), ids).expected[0] for c in (checkpoint, other))
     assert spec.load(other)[12, 210] == 8 * spec.load(checkpoint)[12, 210]
     assert (a - b).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("level", ["IQ1_S", "Q2_K", "Q4_K_M", "IQ3_XXS"])
 def test_an_exchange_keeps_the_size(level, imatrix):
-    job = plan_gguf(sample_path(), level, imatrix=imatrix)
+    job = plan_gguf(Job(sample_path()), level, has_imatrix=imatrix is not None)
     costs = measure_sensitivity(job.checkpoint, imatrix, effort="quick", path=sensitivity_path(job.checkpoint, imatrix, "quick"), device="cpu")
     changed, sizes = exchange(job, costs, (0,)), {}
     assert changed
@@ -159,7 +166,7 @@ def test_the_spike_in_plain_transformers(pair):
     "The super activation, from the decoded block with the inputs that the original has."
     from transformers import AutoModelForCausalLM
     model, name = AutoModelForCausalLM.from_pretrained(sample_path(), dtype=torch.float32), "model.layers.0."
-    ids = texts(open_checkpoint(sample_path()), replace(find_effort("quick"), selection=4))[1][:1]
+    ids = texts(Job(open_checkpoint(sample_path())), replace(find_effort("quick"), selection=4))[1][:1]
     def spikes():
         kept = []
         handle = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: kept.append(output[0, :, [row for row, _ in PLACES]]))
@@ -167,7 +174,7 @@ def test_the_spike_in_plain_transformers(pair):
         handle.remove()
         return kept[0]
     before = spikes()
-    job, decoded = plan_gguf(sample_path(), "Q2_K"), read(pair[1].output_path)
+    job, decoded = plan_gguf(Job(sample_path()), "Q2_K"), read(pair[1].output_path)
     for spec in job.specs:
         if spec.layer == 0 and spec.quantizable:
             for key, w in spec.to_hf(torch.from_numpy(decoded[spec.name][1].copy())).items(): model.get_parameter(key).data.copy_(w)
@@ -180,7 +187,7 @@ def test_where_nothing_can_be_exchanged_a_column_is_rescaled(imatrix, tmp_path, 
     monkeypatch.setattr("llm_quantize.gguf.protection._exchanged", lambda *args: {})
     guarded = quantize(sample_path(), "gguf", "IQ2_XXS", imatrix=imatrix, output_dir=tmp_path, protect_super_weights=True)
     found, [scaled] = guarded.protection, guarded.protection["rescaled"]
-    factor, spec = scaled["up_row_times"], next(s for s in plan_gguf(sample_path(), "IQ2_XXS").specs if s.name == DOWN)
+    factor, spec = scaled["up_row_times"], next(s for s in plan_gguf(Job(sample_path()), "IQ2_XXS").specs if s.name == DOWN)
     assert (scaled["tensor"], scaled["column"]) == (DOWN, 210) and factor in (0.5, 0.25, 0.125) and found["exchanged"] == []
     decoded = read(guarded.output_path)[DOWN][1]
     for w in found["weights"]:
@@ -195,8 +202,8 @@ def test_layers_say_that_they_are_protected(pair):
 
 
 def test_llama_cpp_runs_the_file(pair):
-    llama = pytest.importorskip("llama_cpp")
-    model = llama.Llama(pair[1].output_path, n_ctx=64, n_threads=1, verbose=False)
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
+    model = open_llama(pair[1].output_path, n_ctx=64, n_threads=1)
     found = model("The history of", max_tokens=8, temperature=0.0)
     assert len(found["choices"][0]["text"]) > 3
 
@@ -233,7 +240,7 @@ def test_none_found(imatrix, tmp_path, caplog):
 
 
 def test_nothing_is_touched_without_super_weights(imatrix):
-    job, ahead = plan_gguf(sample_path(), "Q2_K", imatrix=imatrix), EncodedAhead({}, {}, {})
+    job, ahead = plan_gguf(Job(sample_path()), "Q2_K", has_imatrix=imatrix is not None), EncodedAhead({}, {}, {})
     plan = Protection(job, imatrix, job, imatrix, (), rank_weights(job.checkpoint, imatrix))
     assert finish(plan, ahead) == (plan, ahead)
 

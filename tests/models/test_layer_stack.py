@@ -8,20 +8,18 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from llm_quantize.models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
 from llm_quantize.models.listeners import Listener, layer_inputs
 from llm_quantize.models.memory import available_memory
+from llm_quantize.models.views import Replaced, View
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError, OutOfMemoryError
 
-from tests.models.test_architectures import VOCABULARY, random_model
+from tests.tiny import VOCABULARY, hooked, random_model
 
 FAMILIES = ["llama-biases", "llama-tied", "llama3", "mistral-window", "mixtral", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "gemma3-pattern", "phi3", "phi3-longrope-short"]
-ROLES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "qkv_proj": "attn_qkv", "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "gate_up_proj": "ffn_up",
-         "down_proj": "ffn_down"}
 
 
 class Sums(Listener):
@@ -36,37 +34,6 @@ class Sums(Listener):
 
 
 def same(a, b): return a.sums.keys() == b.sums.keys() and a.counts == b.counts and all(torch.equal(a.sums[key], b.sums[key]) for key in a.sums)
-
-
-def hooked(model, ids):
-    "The same from plain hooks on a transformers model."
-    sums, counts = {}, {}
-
-    def add(name, expert, x):
-        sums[name, expert] = sums.get((name, expert), 0) + x.double().square().sum(0)
-        counts[name, expert] = counts.get((name, expert), 0) + len(x)
-
-    def linear(name): return lambda module, args: add(name, 0, args[0].flatten(0, -2))
-
-    def experts(layer):
-        def hook(module, args):
-            hidden, chosen = args[0].flatten(0, -2), args[1].flatten(0, -2)
-            for expert in range(module.gate_up_proj.shape[0]):
-                own = hidden[(chosen == expert).any(-1)]
-                if not len(own): continue
-                gate, up = torch.einsum("tc,rc->tr", own.double(), module.gate_up_proj[expert].double()).chunk(2, -1)
-                for role in ("ffn_gate_exps", "ffn_up_exps"): add(f"blk.{layer}.{role}.weight", expert, own)
-                add(f"blk.{layer}.ffn_down_exps.weight", expert, torch.nn.functional.silu(gate) * up)
-        return hook
-
-    for path, module in model.base_model.named_modules():
-        parts = path.split(".")
-        if isinstance(module, torch.nn.Linear) and parts[-1] in ROLES:
-            shared = "_shexp" if "shared_expert" in path else ""
-            module.register_forward_pre_hook(linear(f"blk.{parts[1]}.{ROLES[parts[-1]]}{shared}.weight"))
-        if parts[-1] == "experts": module.register_forward_pre_hook(experts(parts[1]))
-    with torch.inference_mode(): model(input_ids=ids, use_cache=False)
-    return sums, counts
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +125,44 @@ def test_first_token_is_exact_in_bfloat16(sample_model):
         again = alone.embedding(ids)(ids)
         for i in range(len(alone)): again = alone[i](again)
     assert torch.equal(a, again)
+
+# ---- other weights -------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", ["llama-biases", "mixtral", "qwen2moe", "gemma3", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "loaded"])
+def test_replaced_tensors_give_what_another_checkpoint_would(family, dtype, keep, made):
+    "Each tensor by itself: layers, embedding and head are those of a stack of the changed checkpoint, and the stack stays as it was."
+    _, checkpoint = made(family)
+    ids, stack = tokens(2, 16), LayerStack(checkpoint, dtype=dtype, device="cpu", keep=keep)
+    before = logits(stack, ids)
+    for name in [name for name in checkpoint.names if "layers.1." in name or "layers" not in name]:
+        replaced = {name: checkpoint.tensor(name).float() * 1.25 + 0.01}
+        expected = logits(LayerStack(Replaced(checkpoint, replaced), dtype=dtype, device="cpu", keep=False), ids)
+        with torch.inference_mode():
+            hidden = stack.embedding(ids, replaced)(ids)
+            for i in range(len(stack)): hidden = stack.layer(i, replaced)(hidden)
+            found = stack.head(replaced)(hidden)
+        assert torch.equal(found, expected), name
+        assert not torch.equal(found, before) or "k_proj.bias" in name, name
+    assert torch.equal(logits(stack, ids), before)
+
+
+def test_a_kept_layer_is_not_read_again(made):
+    class Counting(View):
+        read = ()
+        def tensor(self, name):
+            self.read += (name,)
+            return super().tensor(name)
+    checkpoint = Counting(made("qwen3")[1])
+    stack, name = LayerStack(checkpoint, device="cpu", keep=True), "model.layers.1.mlp.up_proj.weight"
+    changed = torch.zeros(checkpoint.shape(name))
+    before = stack[1]
+    checkpoint.read = ()
+    other = stack.layer(1, {name: changed})
+    assert checkpoint.read == () and stack[1] is before and stack.layer(0, {name: changed}) is stack[0]
+    assert not other.module.mlp.up_proj.weight.any() and before.module.mlp.up_proj.weight.any()
+    assert other.module.mlp.down_proj.weight is before.module.mlp.down_proj.weight
 
 # ---- going on ------------------------------------------------------------------------------------------------------------------------------------
 

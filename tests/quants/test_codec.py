@@ -13,7 +13,7 @@ from llm_quantize.quants import blocks
 from llm_quantize.quants import codec
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.quants.iquants import LAYOUTS
-from llm_quantize.quants.codec import FLOATS, decode, encode
+from llm_quantize.quants.codec import FLOATS, decode, encode, encode_tensor
 from llm_quantize.errors import ArgumentError, ImatrixError, ValidationError
 from llm_quantize.quants.qtypes import QTYPES, qtype
 
@@ -191,7 +191,47 @@ def test_half_precision_input_and_importance_dtypes():
     assert torch.equal(encode(x.half().float(), "Q4_K", importance), encode(x.half(), QTYPES["Q4_K"], importance))
 
 
+def test_every_expert_is_encoded_under_its_own_importance():
+    seed = torch.Generator().manual_seed(6)
+    stack, importance = torch.randn(3, 5, 512, generator=seed), torch.randn(3, 512, generator=seed).exp()
+    data = encode_tensor(stack, "Q3_K", importance)
+    each = [encode(stack[i], "Q3_K", importance[i]) for i in range(3)]
+    assert torch.equal(data, torch.cat(each))
+    assert not torch.equal(data, encode_tensor(stack, "Q3_K", importance.flip(0)))
+
+
+def test_one_importance_serves_all_experts():
+    seed = torch.Generator().manual_seed(7)
+    stack, importance = torch.randn(2, 5, 512, generator=seed), torch.randn(512, generator=seed).exp()
+    expected = torch.cat([encode(part, "Q4_0", importance) for part in stack])
+    assert torch.equal(encode_tensor(stack, "Q4_0", importance), expected)
+    assert torch.equal(encode_tensor(stack, "Q4_0", importance[None]), expected)
+    assert not torch.equal(encode_tensor(stack, "Q4_0"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["F16", "Q8_0"])
+def test_tensors_of_every_shape_and_dtype_are_rows(name, dtype):
+    rows = torch.randn(4, 64, generator=torch.Generator().manual_seed(8)).to(dtype)
+    expected = encode(rows, name)
+    assert torch.equal(encode_tensor(rows, name), expected)
+    assert torch.equal(encode_tensor(rows[1], name), expected[1:2])
+    assert torch.equal(encode_tensor(rows.view(2, 2, 64), name), expected)
+    assert torch.equal(encode_tensor(rows, name, torch.ones(1, 64), device="cpu"), expected)
+
+
+def test_bytes_of_a_tensor_are_not_a_view_of_its_weights():
+    weights = torch.ones(2, 32)
+    data = encode_tensor(weights, "F32")
+    weights.zero_()
+    assert (decode(data, "F32") == 1).all()
+
+
 @pytest.mark.parametrize("call, error, words", [
+    (lambda x: encode_tensor(x[None, None], "Q4_K"), ArgumentError, "one to three"),
+    (lambda x: encode_tensor(x[0, 0], "Q4_K"), ArgumentError, "one to three"),
+    (lambda x: encode_tensor(x, "Q4_K", torch.ones(2, 512)), ImatrixError, r"\(2, 512\)"),
+    (lambda x: encode_tensor(x[None].expand(3, -1, -1), "Q4_K", torch.ones(2, 512)), ImatrixError, r"\(3, 2, 512\)"),
     (lambda x: encode(x, "Q4K"), ArgumentError, "unknown tensor type"),
     (lambda x: encode(x[:, :500], "Q4_K"), ArgumentError, "blocks of 256"),
     (lambda x: encode(x[0], "Q4_K"), ArgumentError, "2-D"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llm_quantize.quants import kquants
-from llm_quantize.quants.blocks import ENCODERS, Levels, decode_blocks, encode_blocks, fit_errors, inverse
+from llm_quantize.quants.blocks import ENCODERS, Levels, decode_blocks, encode_blocks, error_weights, fit_errors, inverse
 from llm_quantize.errors import ArgumentError, ValidationError
 from llm_quantize.quants.qtypes import QTYPES
 from llm_quantize.quants.scale_search import affine_scale, pick, polish, refit, steps, super_scale, symmetric_scale
@@ -90,6 +90,7 @@ def test_no_importance_counts_all_alike(name):
     x = torch.randn(6, 512, generator=torch.Generator().manual_seed(4))
     alike = encode_blocks(name, x)
     for importance in (torch.ones(512), torch.zeros(512), torch.full((512,), 1e30), torch.full((512,), 1e-30)):
+        assert torch.equal(error_weights(importance, 256), error_weights(torch.ones(512), 256)) # the same numbers, so the same bytes on any processor
         assert torch.equal(encode_blocks(name, x, importance), alike)
     half = torch.ones(512); half[256:] = 0                      # a block without importance is encoded like any other
     assert torch.equal(encode_blocks(name, x, half), alike)
