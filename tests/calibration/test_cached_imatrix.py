@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llm_quantize.models.job import Job
-from llm_quantize.cli.main import analyze
 from llm_quantize.calibration.analysis import cached_imatrix, imatrix_cache
 from llm_quantize.models.checkpoint import sample_path, write_sample
 from llm_quantize.cli.main import main
@@ -16,7 +15,7 @@ from llm_quantize.errors import CalibrationError, ImatrixError, LLMQuantizeError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.quants.qtypes import QTYPES
 from llm_quantize.gguf.plan import plan_gguf
-from llm_quantize.api import quantize
+from llm_quantize.api import analyze, quantize
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +106,12 @@ def test_a_killed_run_is_taken_up(cache):
     "Killed in the middle; the next call goes on from the state and gives the same bytes."
     code = f"""
 import os, signal
-import llm_quantize.calibration.collect as importance
-importance.RunState.due = lambda self, place: True
 from llm_quantize.calibration.analysis import cached_imatrix
-cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu", progress=lambda done, total, speed: done >= 2 * 512 + 1 and os.kill(os.getpid(), signal.SIGKILL))
+from llm_quantize.calibration.resume import RunState
+from llm_quantize.models.job import Job
+RunState.due = lambda self, place: True
+def progress(done, total, speed): done >= 2 * 512 + 1 and os.kill(os.getpid(), signal.SIGKILL)
+cached_imatrix(Job({str(sample_path())!r}, device="cpu", progress=progress), calibration_samples=4)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert not files(cache) and list(cache.glob("*.state/analyze.state"))
@@ -137,7 +138,8 @@ def test_two_at_once_compute_once(cache):
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 from llm_quantize.calibration.analysis import cached_imatrix
-cached_imatrix({str(sample_path())!r}, calibration_samples=4, device="cpu")
+from llm_quantize.models.job import Job
+cached_imatrix(Job({str(sample_path())!r}, device="cpu"), calibration_samples=4)
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [p.communicate()[0] for p in both]
@@ -209,17 +211,3 @@ def test_a_matrix_without_an_entry_that_is_needed(tmp_path):
     with pytest.raises(ImatrixError, match=gone) as caught: quantize(sample_path(), "gguf", "Q2_K_S", output_dir=tmp_path / "out", imatrix=part)
     assert caught.value.exit_code == 10 and not (tmp_path / "out").exists()
     assert quantize(sample_path(), "gguf", "Q4_0", output_dir=tmp_path, imatrix=part, device="cpu").validation_status == "passed", "where it is not needed it may be absent"
-
-
-# --- presets -----------------------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name, words", [("bset", "best"), ("refrence", "reference"), ("xyzzy", "fast, best, reference")])
-def test_an_unknown_preset(tmp_path, capsys, name, words):
-    assert main(["--format", "json", "quantize", str(sample_path()), "gguf", "-q", "Q4_0", "-o", str(tmp_path / "out"), "--search", name]) == 2
-    found = json.loads(capsys.readouterr().out)
-    assert found["error_code"] == 2 and name in found["message"] and words in found["suggestion"] and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["fast", "Best", "reference"])
-def test_presets_are_recorded(tmp_path, name):
-    assert quantize(sample_path(), "gguf", "Q4_0", output_dir=tmp_path, search=name, device="cpu").to_dict()["search"] == name.lower()
