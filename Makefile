@@ -1,7 +1,8 @@
 # make first   install into .venv, quantize the bundled sample model three ways, print how they compare
 # make test    install the development tools as well, run the notebooks and the test suite
+# make quick   the tests that are done within a minute on two cores: none of the slow ones, none that runs llama.cpp
 # make docs    build the documentation site into _docs
-# make check   are notebooks, modules and README in step?
+# make check   ruff and mypy; are notebooks, modules and README in step?
 #
 # PYTHON=python3.12          another interpreter for .venv (3.10 or newer)
 # TORCH_INDEX=URL            take torch from this package index, for instance its CPU-only builds
@@ -20,7 +21,7 @@ FILES   := $(LEVELS:%=first/sample-4m-%.gguf)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: first test docs check clean
+.PHONY: first test quick docs check clean
 .DELETE_ON_ERROR:
 
 first: first/comparison.txt
@@ -41,10 +42,16 @@ test: $(VENV)/.developed
 	nbdev_test --n_workers $(JOBS) --timing
 	python -m pytest -q -n $(JOBS) --durations 15
 
+quick: export OMP_NUM_THREADS ?= 1
+quick: $(VENV)/.developed
+	python -m pytest -q -n $(JOBS) -m "not slow and not llama and not shared"
+
 docs: $(VENV)/.developed
 	python tools/site.py
 
 check: $(VENV)/.developed
+	ruff check llm_quantize nbs
+	mypy
 	nbdev_export && nbdev_clean
 	python tools/site.py --readme
 	git diff --exit-code -- nbs llm_quantize README.md
@@ -56,7 +63,7 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.installed: settings.ini setup.py constraints.txt | $(VENV)/.made
+$(VENV)/.installed: settings.ini setup.py pyproject.toml constraints.txt | $(VENV)/.made
 	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) torch)
 	$(INSTALL) --use-pep517 --editable .
 	touch $@
@@ -66,4 +73,4 @@ $(VENV)/.developed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf first build dist _proc _docs _site_src *.egg-info
+	rm -rf first build dist _proc _docs _site_src .mypy_cache .ruff_cache *.egg-info

@@ -12,7 +12,8 @@ import torch
 from feedback_kld import Judge
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint
-from llm_quantize.gguf.feedback_pass import EFFORTS, Effort, encode_ahead
+from llm_quantize.calibration.effort import EFFORTS, Effort
+from llm_quantize.gguf.feedback_pass import encode_ahead
 
 
 def main():

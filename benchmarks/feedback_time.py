@@ -14,7 +14,8 @@ import torch
 
 from analyze import RandomCheckpoint
 from llm_quantize.models.layer_stack import LayerStack
-from llm_quantize.gguf.feedback_pass import Effort, _encode_layer
+from llm_quantize.calibration.effort import Effort
+from llm_quantize.gguf.feedback_pass import _encode_layer
 from llm_quantize.calibration.hessian import second_moments
 
 

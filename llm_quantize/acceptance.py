@@ -14,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .api import quantize
 from .calibration.text import bundled_text, load_tokenizer, windows
 from .display import human_size
 from .errors import ArgumentError, CoherenceError, LLMQuantizeError, QualityDegradationError
 from .gguf.plan import plan_gguf
-from .gguf.profiles import Target
 from .models.bitnet import plain_weights
 from .models.checkpoint import Checkpoint, open_checkpoint
+from .models.job import Job
 from .models.reference import load_float
 from .quality.coherence import Coherence, coherence, continuations, read_prompts
 from .quality.evaluate import QualityReport, _report
@@ -167,19 +166,19 @@ class _Step:
 def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file, the smallest first
     if result.format == "smoothquant":
         tries = [{"alpha": "auto"}, {"alpha": "auto", "error_feedback": True}] + [{"alpha": "none"}] * (
-            result.recipe.alpha is not None
+            result.options.alpha is not None
         )
         words = [
             "--smoothquant --alpha auto",
             "--smoothquant --alpha auto --error-feedback",
             "--smoothquant --alpha none",
         ]
-        plan = plan_gguf(bench.checkpoint, "Q8_0", pre=options.get("pre"))
-        known = (result.recipe.alpha, result.recipe.error_feedback)
+        plan = plan_gguf(Job(bench.checkpoint, pre=options.get("pre")), "Q8_0")
+        known = (result.options.alpha, result.options.error_feedback)
         own = [
             _Step(w, result.file_size, t, "smoothquant")
             for w, t in zip(words, tries)
-            if result.recipe.static or (t["alpha"], t.get("error_feedback", False)) != known
+            if result.options.static_activations or (t["alpha"], t.get("error_feedback", False)) != known
         ]
         return [*own, _Step("gguf -q Q8_0", plan.file_bytes, {"quant_level": "Q8_0"})]
     if str(result.quantization_level).lower() == "dynamic":
@@ -188,14 +187,14 @@ def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file
             _Step(
                 f"-q dynamic --target-size {size / 1e9:.4g}",
                 size,
-                {"quant_level": "dynamic", "target": Target(float(size), "bytes")},
+                {"quant_level": "dynamic", "target_size": size / 1e9},
             )
             for size in sizes
             if size < 0.5 * bench.checkpoint.bytes
         ]
     steps = []
     for level in _LADDER:
-        size = plan_gguf(bench.checkpoint, level, pre=options.get("pre")).file_bytes
+        size = plan_gguf(Job(bench.checkpoint, pre=options.get("pre")), level).file_bytes
         if size > result.file_size: steps.append(_Step(f"-q {level}", size, {"quant_level": level}))
     return sorted(steps, key=lambda step: step.size)
 
@@ -223,6 +222,7 @@ def _try(bench: _Bench, step: _Step, measure: Callable, options: dict, folder: P
     if step.options.get("quant_level") == "dynamic" and options.get("profile") is not None:
         kept["profile"] = options["profile"]
     _log.info("looking for what would have met the threshold: %s, %s", step.words, human_size(step.size))
+    from llm_quantize.api import quantize
     with tempfile.TemporaryDirectory(prefix=".llm-quantize-", dir=folder) as place:
         made = quantize(bench.checkpoint, step.format, output_dir=place, **kept, **step.options)
         return measure(*bench.open(made.output_path))

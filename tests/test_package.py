@@ -26,35 +26,67 @@ def built(tmp_path_factory): # folder with a wheel and a source archive
     return out
 
 
+@pytest.fixture(scope="module")
+def wheel(built):
+    "The wheel, opened."
+    [path] = built.glob("*.whl")
+    with zipfile.ZipFile(path) as file: yield file
+
+
+def read(wheel, ending): return wheel.read(next(name for name in wheel.namelist() if name.endswith(ending))).decode()
+
+
 def test_pypi_will_take_it(built):
     done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2, done.stdout
 
 
-def test_what_pypi_shows_needs_no_clone(built):
-    [wheel] = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file: text = file.read(next(n for n in file.namelist() if n.endswith("METADATA"))).decode()
-    links = re.findall(r"\]\(([^)\s]+)\)", text)
-    assert any(link.endswith("nbs/images/frontier.png") for link in links) and len(links) > 20
+def test_what_pypi_shows_needs_no_clone(wheel):
+    links = re.findall(r"\]\(([^)\s]+)\)", read(wheel, "METADATA"))
+    assert len(links) > 20
+    assert any(link.endswith("nbs/images/frontier.png") for link in links)
     assert not [link for link in links if not link.startswith(("https://", "#"))]
 
 
-def test_the_wheel_holds_model_texts_and_command(built):
-    [wheel] = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        names = set(file.namelist())
-        points = file.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    modules = {f"llm_quantize/{p.name}" for p in (ROOT / "llm_quantize").glob("*.py")}
-    data = {str(p.relative_to(ROOT)) for p in (ROOT / "llm_quantize" / "data").rglob("*") if p.is_file()}
-    assert modules | data <= names and "llm_quantize/data/sample-4m/model.safetensors" in data
-    assert "llm-quantize=llm_quantize.cli.main:main" in points.replace(" ", "") and not [n for n in names if n.startswith(("tests/", "nbs/", "benchmarks/"))]
+def test_the_wheel_holds_every_module_of_every_package(wheel):
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "llm_quantize").rglob("*.py")}
+    assert "llm_quantize/quants/qtypes.py" in modules
+    assert modules <= set(wheel.namelist())
 
 
-def test_the_wheel_runs_where_there_is_no_clone(built, tmp_path):
-    [wheel] = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file: file.extractall(tmp_path / "site")
+def test_the_wheel_holds_model_and_texts(wheel):
+    data = {str(path.relative_to(ROOT)) for path in (ROOT / "llm_quantize" / "data").rglob("*") if path.is_file()}
+    assert "llm_quantize/data/sample-4m/model.safetensors" in data
+    assert data <= set(wheel.namelist())
+
+
+def test_type_checkers_may_use_the_hints(wheel):
+    assert "llm_quantize/py.typed" in wheel.namelist()
+
+
+def test_the_wheel_holds_nothing_else(wheel):
+    assert not [name for name in wheel.namelist() if not name.startswith("llm_quantize")]
+
+
+def test_the_wheel_brings_the_command(wheel):
+    assert "llm-quantize=llm_quantize.cli.main:main" in read(wheel, "entry_points.txt").replace(" ", "")
+
+
+def test_the_version_is_that_of_the_package_and_of_the_newest_change(wheel):
+    import llm_quantize
+    version = re.search(r"^Version: (.*)", read(wheel, "METADATA"), re.M)[1]
+    changes = re.findall(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert version == llm_quantize.__version__
+    assert version == changes[0]
+
+
+def test_the_wheel_runs_where_there_is_no_clone(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
     code = "import sys, llm_quantize; from llm_quantize.cli.main import main; print(llm_quantize.__file__); sys.exit(main(sys.argv[1:]))"
     run = lambda *words: subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     said = run("sample")
-    assert said.returncode == 0 and said.stdout.startswith(str(tmp_path / "site")), said.stderr
-    assert run("quantize", "sample-4m", "gguf", "-q", "Q8_0").returncode == 0 and (tmp_path / "sample-4m-Q8_0.gguf").stat().st_size > 4e6
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith(str(tmp_path / "site"))
+    assert run("quantize", "sample-4m", "gguf", "-q", "Q8_0").returncode == 0
+    assert (tmp_path / "sample-4m-Q8_0.gguf").stat().st_size > 4e6

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,15 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_"))
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:work|tmp|root|home|Users|farm)/[\w.-]")
 EXPORT = re.compile(r"^#\| *exports? *$", re.M)
 # Packages and rooms of their own, lowest floor first: what stands further down the list may import what stands above it.
-FLOORS = ("errors", "display", "files", "quants", "models", "calibration", ("compressed", "gguf"), "quality", "api",
-          ("acceptance", "explore"), "cli")
+FLOORS = ("errors", "display", "files", "quants", "models", "calibration", ("compressed", "gguf"), "quality",
+          "acceptance", "api", "explore", "cli")
 # Modules that must not bring torch or transformers with them: they are imported before the command line knows what it is asked to do.
 LIGHT = ("", ".errors", ".display", ".quants.qtypes", ".cli.console", ".cli.profile", ".cli.quantize", ".cli.main")
 WIDTH, LENGTH, FUNCTION, CELL = 120, 400, 60, 45  # columns; lines of a module, a function, an exported cell
+PARAMETERS = 8  # of a function, those that are keyword-only not counted
+MARKER = "# %% "  # nbdev writes it, and the notebook's name, above each exported cell
+# The one room that opens llama.cpp: it knows the option without which llama.cpp crashes on some processors.
+LLAMA_ROOM = "quality.llama_cpp_model"
 
 
 def dotted(path):
@@ -35,10 +40,22 @@ def place(path):
     return str(path.relative_to(ROOT / "nbs").with_suffix(""))
 
 
-def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+@cache
+def notebook(path): return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cells(path): return notebook(path)["cells"]
 
 
 def source(cell): return "".join(cell["source"])
+
+
+@cache
+def text_of(path): return path.read_text(encoding="utf-8")
+
+
+@cache
+def tree_of(path): return ast.parse(text_of(path))
 
 
 def module_of(path):
@@ -47,6 +64,7 @@ def module_of(path):
     return found[1] if found else None
 
 
+@cache
 def numbers():
     "Module -> (floor, number of its notebook)."
     found = {}
@@ -115,13 +133,13 @@ def test_numbers_of_a_package_start_at_one_and_have_no_hole(package):
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_a_room_imports_only_from_below(path):
-    assert upward(dotted(path), path.read_text(encoding="utf-8"), numbers()) == []
+    assert upward(dotted(path), text_of(path), numbers()) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_no_private_name_leaves_its_package(path):
     own = dotted(path).split(".")[0] if "." in dotted(path) else ""
-    taken = imports_of(path.read_text(encoding="utf-8"), dotted(path))
+    taken = imports_of(text_of(path), dotted(path))
     assert not [f"{module}.{name}" for module, name in taken if name.startswith("_") and not name.startswith("__") and module.split(".")[0] != own]
 
 
@@ -136,32 +154,93 @@ def test_a_climbing_import_is_caught():
 
 # ---- modules -----------------------------------------------------------------------------------------------
 
-def too_long(text, limit=FUNCTION):
-    "Functions of more lines than that: name -> lines."
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    return {node.name: lines for node in nodes if (lines := node.end_lineno - node.body[0].lineno + 1) > limit}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def too_long(tree, limit=FUNCTION):
+    "Functions of more lines than that: name -> lines of the body."
+    functions = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+    return {node.name: lines for node in functions if (lines := node.end_lineno - node.body[0].lineno + 1) > limit}
+
+
+def too_many_parameters(tree, limit=PARAMETERS):
+    "Functions of more parameters than that: name -> how many. Keyword-only ones do not count, nor a method's first."
+    methods = {id(node) for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for node in cls.body}
+    counts = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, FUNCTIONS): continue
+        static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
+        counts[node.name] = len(node.args.posonlyargs) + len(node.args.args) - (id(node) in methods and not static)
+    return {name: count for name, count in counts.items() if count > limit}
+
+
+def long_lines(text, limit=WIDTH):
+    "Lines wider than that, by number. What nbdev writes above the first exported cell is its own affair."
+    lines = text.splitlines()
+    cells = [i for i, line in enumerate(lines) if line.startswith(MARKER) and "auto #0" not in line]
+    first = cells[0] if cells else 0
+    return {i: line[:60] for i, line in enumerate(lines, 1) if i > first and len(line) > limit}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_module_is_small_and_plain(path):
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    assert not too_long(text)
-    assert not [number for number, line in enumerate(lines, 1) if len(line) > WIDTH and number > 1]
-    assert "import *" not in text and "@patch" not in text
-    assert len(lines) <= LENGTH
+def test_functions_are_short(path):
+    assert too_long(tree_of(path)) == {}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name != "cli" and dotted(p) != "api"], ids=dotted)
+def test_functions_take_few_parameters(path):
+    assert too_many_parameters(tree_of(path)) == {}, "let a frozen dataclass carry what travels together"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_lines_are_not_wide(path):
+    assert long_lines(text_of(path)) == {}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_fits_in_the_head(path):
+    assert len(text_of(path).splitlines()) <= LENGTH
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_no_star_import_and_no_patch(path):
+    assert "import *" not in text_of(path)
+    assert "@patch" not in text_of(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_lists_its_public_names(path):
+    listed = [node.value for node in tree_of(path).body
+              if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    assert len(listed) == 1, "nbdev writes __all__: was the notebook exported?"
+    names = ast.literal_eval(listed[0])
+    assert names, "a module without a public name is nobody's room"
+    assert not [name for name in names if name.startswith("_")]
+
+
+def test_an_unruly_module_is_caught():
+    wide = "x = 1  # " + "a" * WIDTH
+    header = f'"""{"a" * WIDTH}"""\n{MARKER}auto #0\n__all__ = []\n{MARKER}../nbs/x.ipynb #x-y\n'
+    many = ", ".join(f"a{i}" for i in range(PARAMETERS + 1))
+    assert too_long(ast.parse("def f():\n" + "    x = 1\n" * (FUNCTION + 1))) == {"f": FUNCTION + 1}
+    assert too_long(ast.parse("def f():\n" + "    x = 1\n" * FUNCTION)) == {}
+    assert too_many_parameters(ast.parse(f"def f({many}): pass")) == {"f": PARAMETERS + 1}
+    assert too_many_parameters(ast.parse(f"def f(a, *, {many}): pass")) == {}
+    assert too_many_parameters(ast.parse(f"class A:\n    def f({many}): pass")) == {}
+    assert long_lines(header + wide) == {5: wide[:60]}
+    assert long_lines(header + "x = 1") == {}
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name != "cli"], ids=dotted)
 def test_library_never_prints(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert not [node.lineno for node in calls if node.func.id == "print"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_public_names_have_docstrings(path):
-    nodes = ast.parse(path.read_text(encoding="utf-8")).body
-    assert not [n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)]
+    nodes = [node for node in tree_of(path).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
+    assert not [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -170,6 +249,30 @@ def test_light_modules_leave_torch_alone(module):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+# ---- llama.cpp ---------------------------------------------------------------------------------------------
+
+OPENS_LLAMA = re.compile(r"\bllama\w*\.Llama\(|from llama_cpp import [^\n]*\bLlama\b")
+
+
+def codes():
+    "(place, code) of every module, notebook, test and benchmark."
+    for folder in ("llm_quantize", "tests", "benchmarks", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")): yield str(path.relative_to(ROOT)), text_of(path)
+    for path in NOTEBOOKS:
+        yield place(path), "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "code")
+
+
+def test_llama_cpp_is_opened_in_one_room():
+    room = LLAMA_ROOM.split(".")[-1]
+    assert not [where for where, code in codes() if room not in where and OPENS_LLAMA.search(code)], (
+        f"open files with {LLAMA_ROOM}.open_llama")
+
+
+@pytest.mark.parametrize("code", ["import llama_cpp\nx = llama_cpp." + "Llama(path)", "from llama_cpp " + "import Llama"])
+def test_another_door_to_llama_cpp_is_caught(code):
+    assert OPENS_LLAMA.search(code)
 
 
 # ---- notebooks ---------------------------------------------------------------------------------------------
@@ -250,7 +353,7 @@ def output_faults(outputs):
 def test_stored_outputs_are_small_and_the_same_everywhere(path):
     found = {cell["id"]: output_faults(cell["outputs"]) for cell in cells(path) if cell["cell_type"] == "code"}
     assert not {k: v for k, v in found.items() if v}
-    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    assert "widgets" not in notebook(path)["metadata"]
 
 
 @pytest.mark.parametrize("fault, output", {

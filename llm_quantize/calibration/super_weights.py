@@ -21,6 +21,7 @@ from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.layer_stack import LayerStack, run_windows
 from ..models.listeners import Listener
 from ..models.transforms import GGUFTensor
+from ..models.views import View
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-find-spikes
 INPUT_SPIKE = 20      # times the ordinary largest input of a token
@@ -78,20 +79,21 @@ def hf_place(tensor: GGUFTensor,         # of the GGUF
     return tensor.sources[0], (row,) if expert is None else (expert, row)
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-zeroed
-class Zeroed(Checkpoint):
-    "A checkpoint in which some weights read as zero."
+class Zeroed(View):
+    "A checkpoint in which some weights read as zero; the original is left alone."
 
     def __init__(self, checkpoint: Checkpoint,
                  places: list): # (name in the checkpoint, row index, column)
-        super().__init__(checkpoint.path, checkpoint.name)
-        self._original, self.places = checkpoint, places
+        super().__init__(checkpoint)
+        self.places = places
 
     def tensor(self, name: str) -> torch.Tensor:
         "One tensor, with its holes."
-        found = self._original.tensor(name)
-        for other, row, column in self.places:
-            if other == name: found[(*row, column)] = 0
-        return found
+        holes = [(*row, column) for other, row, column in self.places if other == name]
+        if not holes: return self.original.tensor(name)
+        tensor = self.original.tensor(name).clone() # the original may keep what it gave
+        for hole in holes: tensor[hole] = 0
+        return tensor
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-run
 def _run(
@@ -245,36 +247,38 @@ def _look(checkpoint: Checkpoint, stack: LayerStack, ids: torch.Tensor, search: 
     ear.flush()
     return ear
 
+def _with_holes(stack: LayerStack, places: list) -> LayerStack: # places: (name in the checkpoint, row index, column)
+    "The same model with some weights zeroed; a layer is loaded when it is asked for."
+    return LayerStack(Zeroed(stack.checkpoint, places), device=stack.device, dtype=stack.dtype, keep=False)
+
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-find-super-weights
 def find_super_weights(
-    model: str | Path | Checkpoint,  # directory, Hub id or opened checkpoint
+    model: LayerStack | str | Path | Checkpoint,  # a layer stack in use, or a checkpoint, directory or Hub id
     ids: torch.Tensor,  # (windows, size) tokens; the search reads the first window
     *,
     effect_ids: torch.Tensor | None = None,  # windows to measure perplexity on; none: not measured
-    device: str | None = None,  # default: CUDA if there is one
-    keep: bool | None = None,  # hold all layers in memory; default: if they fit
+    device: str | None = None,  # where to run a checkpoint; default: CUDA if there is one
+    keep: bool | None = None,  # hold all layers of a checkpoint in memory; default: if they fit
     progress: Callable[[int, int], None] | None = None,  # (steps done, steps in all)
 ) -> SuperWeights:
-    "The super weights of a model (arXiv 2411.07191) and, if asked, what each does to perplexity."
+    """The super weights of a model (arXiv 2411.07191) and, if asked, what each does to perplexity.
+
+    A layer stack is run as it is, on its device and in its precision; a checkpoint is run in float32.
+    Raises `ArgumentError` for tokens that are not windows of 8 or more."""
     if ids.dim() != 2 or not len(ids) or ids.shape[1] < 8:
         raise ArgumentError(
             f"tokens of shape {tuple(ids.shape)} are no window to search with",
             "give (windows, size) tokens from calibration.windows, of 8 or more each",
         )
-    checkpoint, tell = open_checkpoint(model), progress or (lambda done, total: None)
-    stack = LayerStack(checkpoint, device=device, dtype=torch.float32, keep=keep)
-    before = _look(checkpoint, stack, ids)
+    tell = progress or (lambda done, total: None)
+    stack = model
+    if not isinstance(model, LayerStack): stack = LayerStack(model, device=device, dtype=torch.float32, keep=keep)
+    before = _look(stack.checkpoint, stack, ids)
     tensors = {t.name: t for t in stack.tensors}
     places = [(*hf_place(tensors[w.tensor], w.row, w.expert), w.col) for w in before.found]
     tell(1, 2 + len(places))
     after = before
-    if places:
-        after = _look(
-            checkpoint,
-            LayerStack(Zeroed(checkpoint, places), device=device, dtype=torch.float32, keep=False),
-            ids,
-            search=False,
-        )
+    if places: after = _look(stack.checkpoint, _with_holes(stack, places), ids, search=False)
     rows = tuple(
         {
             "tensor": name,
@@ -286,10 +290,10 @@ def find_super_weights(
     )
     tell(2, 2 + len(places))
     if effect_ids is None or not places: return SuperWeights(tuple(before.found), rows)
-    return _measure(checkpoint, stack, before.found, places, rows, effect_ids, tell)
+    return _measure(stack, before.found, places, rows, effect_ids, tell)
 
 def _measure(
-    checkpoint: Checkpoint, stack: LayerStack, found: list, places: list, rows: tuple, ids: torch.Tensor, tell: Callable
+    stack: LayerStack, found: list, places: list, rows: tuple, ids: torch.Tensor, tell: Callable
 ) -> SuperWeights:
     "Perplexity with each weight zeroed alone, and with all of them."
     with torch.inference_mode():
@@ -298,7 +302,7 @@ def _measure(
         hidden, kept = _run(stack, [embed(window[None]).cpu() for window in ids], keep=affected)
         base = _losses(stack, head, hidden, ids)
         def without(holes: list, layers: tuple) -> torch.Tensor:
-            holed = LayerStack(Zeroed(checkpoint, holes), device=stack.device, dtype=torch.float32, keep=False)
+            holed = _with_holes(stack, holes)
             return _losses(stack, head, _run(stack, kept[layers[0]], layers[0], {i: holed[i] for i in layers})[0], ids)
         measured = []
         for number, (weight, place) in enumerate(zip(found, places)):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llm_quantize.errors import ImatrixError
-from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.calibration.imatrix import ImportanceMatrix, importance_of
+from llm_quantize.models.transforms import GGUFTensor
 
 Q, EXPERTS = "blk.0.attn_q.weight", "blk.1.ffn_up_exps.weight"
 
@@ -122,6 +123,29 @@ def test_importance():
     assert matrix.importance(Q, columns=1).tolist() == [[0.5], [2.0]]
     summary = matrix.to_dict()
     assert summary["entries"] == 2 and summary["tensors"][1] == {"name": EXPERTS, "shape": [3, 2], "tokens": 5, "unseen": 1}
+
+
+def spec(name, *shape): return GGUFTensor(name, shape, ())
+
+
+def test_of_gives_what_fits_a_tensor():
+    matrix = random_matrix({Q: (1, 4), EXPERTS: (3, 4), "shared.weight": (1, 4), "parted.weight": (1, 12)})
+    assert torch.equal(matrix.of(spec(Q, 5, 4)), matrix.importance(Q))
+    assert torch.equal(matrix.of(spec(Q, 5, 4), 0), matrix.importance(Q))
+    assert torch.equal(matrix.of(spec(EXPERTS, 3, 5, 4)), matrix.importance(EXPERTS))
+    assert torch.equal(matrix.of(spec(EXPERTS, 3, 5, 4), 1), matrix.importance(EXPERTS)[1])
+    assert torch.equal(matrix.of(spec("shared.weight", 3, 5, 4), 2), matrix.importance("shared.weight"))
+    assert torch.equal(matrix.of(spec("parted.weight", 3, 5, 4), 2), matrix.importance("parted.weight")[8:])
+    assert torch.equal(importance_of(matrix, spec(EXPERTS, 3, 5, 4), 2), matrix.importance(EXPERTS)[2])
+    assert matrix.of(spec("absent.weight", 5, 4)) is None and importance_of(None, spec(Q, 5, 4)) is None
+
+
+@pytest.mark.parametrize("name, shape", [(Q, (5, 3)), (Q, (5, 2)), (Q, (5, 8)), (EXPERTS, (5, 4)), (EXPERTS, (2, 5, 4)), (EXPERTS, (6, 5, 2))])
+def test_of_refuses_another_shape(name, shape):
+    matrix = random_matrix({Q: (1, 4), EXPERTS: (3, 4)})
+    with pytest.raises(ImatrixError, match="values for .* whose shape is") as caught: matrix.of(spec(name, *shape))
+    assert name in str(caught.value) and "this very model" in caught.value.suggestion
+    with pytest.raises(ImatrixError): importance_of(matrix, spec(name, *shape), 0)
 
 
 def test_merge_is_addition():

@@ -14,6 +14,7 @@ from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.models.views import Kept
 from llm_quantize.calibration.super_weights import SuperWeights, Zeroed, find_spikes, find_super_weights, hf_place, rank_weights, saved_super_weights, weight_scores
 
 OF_SAMPLE = [(0, 12, 210), (0, 3, 210), (0, 156, 210), (0, 174, 210)]
@@ -22,6 +23,18 @@ OF_SAMPLE = [(0, 12, 210), (0, 3, 210), (0, 156, 210), (0, 174, 210)]
 @pytest.fixture(scope="module")
 def ids():
     return windows(load_tokenizer(sample_path()), bundled_text("calibration"), limit=1)
+
+
+def test_one_stack_serves_all(ids, monkeypatch):
+    "A stack that is given is used: no other one is made to search in, and the result is that of the checkpoint."
+    stack, made = LayerStack(sample_path(), device="cpu", dtype=torch.float32), []
+    init = LayerStack.__init__
+    monkeypatch.setattr(LayerStack, "__init__", lambda self, model, **options: (made.append(type(model)), init(self, model, **options))[1])
+    given = find_super_weights(stack, ids, effect_ids=ids)
+    assert set(made) == {Zeroed}
+    made.clear()
+    assert given == find_super_weights(sample_path(), ids, effect_ids=ids, device="cpu")
+    assert set(made) != {Zeroed}
 
 
 def edited(folder, change):
@@ -270,7 +283,8 @@ def test_notes_survive_the_file(tmp_path, ids):
 
 
 def test_zeroed_leaves_the_original_alone():
-    checkpoint = open_checkpoint(sample_path())
+    "Also one that keeps what it has read, which all other readers share."
+    checkpoint = Kept(open_checkpoint(sample_path()))
     holed = Zeroed(checkpoint, [(down(0), (12,), 210)])
     assert holed.tensor(down(0))[12, 210] == 0 and checkpoint.tensor(down(0))[12, 210] != 0
     assert ((holed.tensor(down(0)) != checkpoint.tensor(down(0))).sum(), torch.equal(holed.tensor(down(1)), checkpoint.tensor(down(1)))) == (1, True)

@@ -21,6 +21,7 @@ from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
 from llm_quantize.gguf.container import gguf_bytes, open_gguf, write_gguf
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.qtypes import QTYPES, qtype
 from llm_quantize.models.tokenizers import tokenizer_metadata
 
@@ -139,8 +140,8 @@ def write_sample(folder, sample_model, **options):
 
 
 def logits(path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a development requirement")
-    llama = llama_cpp.Llama(str(path), n_ctx=64, n_threads=2, logits_all=True, verbose=False)
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test installs it")
+    llama = open_llama(path, n_ctx=64, n_threads=2, logits_all=True)
     llama.eval(list(range(300, 348)))
     found = np.array(llama.scores[:48])
     llama.close()

@@ -7,15 +7,15 @@ import subprocess
 import sys
 import time
 
-from llama_cpp import Llama
-
 from llm_quantize.models.checkpoint import sample_path
+from llm_quantize.quality.llama_cpp_model import open_llama
 
 RUN = """
 import sys
-from llm_quantize.calibration import sensitivity as room
+from dataclasses import replace
+from llm_quantize.calibration.effort import EFFORTS
 from llm_quantize.cli.main import main
-room.EFFORTS["quick"] = room.Effort(2, 16, 1, 1, 3)
+EFFORTS["quick"] = replace(EFFORTS["quick"], curvature=2, rows=16, selection=1, anchors=1, trials=3)
 sys.exit(main(["--format", "json", "quantize", sys.argv[1], "gguf", "-q", "dynamic", "--effort", "quick", "--target-bpw", "4.0", "--calibration-samples", "4", "-o", sys.argv[2], *sys.argv[3:]]))
 """
 
@@ -44,5 +44,5 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     one, other = (hashlib.sha256((folder / "sample-4m-dynamic.gguf").read_bytes()).hexdigest() for folder in (whole, broken))
     assert one == other
     assert 3.98 <= result["effective_bpw"] <= 4.0 and len({t["type"] for t in result["tensors"]}) > 3
-    model = Llama(str(whole / "sample-4m-dynamic.gguf"), n_ctx=128, verbose=False, seed=0)
+    model = open_llama(whole / "sample-4m-dynamic.gguf", n_ctx=128, seed=0)
     assert model.create_completion("The history of", max_tokens=8, temperature=0)["choices"][0]["text"]

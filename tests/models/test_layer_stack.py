@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from llm_quantize.models.layer_stack import LayerStack, Place, run_backward, run_windows
 from llm_quantize.models.hidden_states import HiddenStates
@@ -19,11 +18,9 @@ from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError, OutOfMemoryError
 
-from tests.models.test_architectures import VOCABULARY, random_model
+from tests.tiny import VOCABULARY, hooked, random_model
 
 FAMILIES = ["llama-biases", "llama-tied", "llama3", "mistral-window", "mixtral", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "gemma3-pattern", "phi3", "phi3-longrope-short"]
-ROLES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "qkv_proj": "attn_qkv", "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "gate_up_proj": "ffn_up",
-         "down_proj": "ffn_down"}
 
 
 class Sums(Listener):
@@ -38,37 +35,6 @@ class Sums(Listener):
 
 
 def same(a, b): return a.sums.keys() == b.sums.keys() and a.counts == b.counts and all(torch.equal(a.sums[key], b.sums[key]) for key in a.sums)
-
-
-def hooked(model, ids):
-    "The same from plain hooks on a transformers model."
-    sums, counts = {}, {}
-
-    def add(name, expert, x):
-        sums[name, expert] = sums.get((name, expert), 0) + x.double().square().sum(0)
-        counts[name, expert] = counts.get((name, expert), 0) + len(x)
-
-    def linear(name): return lambda module, args: add(name, 0, args[0].flatten(0, -2))
-
-    def experts(layer):
-        def hook(module, args):
-            hidden, chosen = args[0].flatten(0, -2), args[1].flatten(0, -2)
-            for expert in range(module.gate_up_proj.shape[0]):
-                own = hidden[(chosen == expert).any(-1)]
-                if not len(own): continue
-                gate, up = torch.einsum("tc,rc->tr", own.double(), module.gate_up_proj[expert].double()).chunk(2, -1)
-                for role in ("ffn_gate_exps", "ffn_up_exps"): add(f"blk.{layer}.{role}.weight", expert, own)
-                add(f"blk.{layer}.ffn_down_exps.weight", expert, torch.nn.functional.silu(gate) * up)
-        return hook
-
-    for path, module in model.base_model.named_modules():
-        parts = path.split(".")
-        if isinstance(module, torch.nn.Linear) and parts[-1] in ROLES:
-            shared = "_shexp" if "shared_expert" in path else ""
-            module.register_forward_pre_hook(linear(f"blk.{parts[1]}.{ROLES[parts[-1]]}{shared}.weight"))
-        if parts[-1] == "experts": module.register_forward_pre_hook(experts(parts[1]))
-    with torch.inference_mode(): model(input_ids=ids, use_cache=False)
-    return sums, counts
 
 
 @pytest.fixture(scope="module")

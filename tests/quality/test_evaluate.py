@@ -25,6 +25,7 @@ from llm_quantize.quality import metrics as scores
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.models.reference import load_float
+from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.quantized_model import load_quantized
 from llm_quantize.errors import ArgumentError, CalibrationError, ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
 from llm_quantize.gguf.container import open_gguf
@@ -234,7 +235,8 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a d
 
 def llama_logits(path, ids):
     "Logits of llama.cpp at the scored places, with an F32 cache."
-    llama = llama_cpp.Llama(str(path), n_ctx=512, n_batch=512, n_ubatch=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, type_k=0, type_v=0)
+    llama = open_llama(path, n_ctx=512, n_batch=512, n_ubatch=512, n_threads=1, n_threads_batch=1,
+                       logits_all=True, type_k=0, type_v=0)
     rows = []
     for window in ids.tolist():
         llama.reset()

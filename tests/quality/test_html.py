@@ -16,7 +16,7 @@ from llm_quantize.quality.evaluate import compare, pareto_front, quality_report
 from llm_quantize.api import quantize
 from llm_quantize.quality.html import check_ending, html_page, html_table, save_report
 from llm_quantize.files import write_aside
-from llm_quantize.quality.metrics import check_loads
+from llm_quantize.quality.llama_cpp_model import check_loads
 
 
 class Page(HTMLParser):
