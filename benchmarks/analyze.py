@@ -28,6 +28,7 @@ BEGUN = time.perf_counter()
 
 import torch  # noqa: E402
 
+from llm_quantize.models.job import Job
 from llm_quantize.models.layer_stack import LayerStack, run_windows
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
 from llm_quantize.models.checkpoint import Checkpoint, sample_path
@@ -74,7 +75,7 @@ def memory(args, ids) -> None:
     before = status("VmRSS")
     if args.cap: resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + args.cap * 1_000_000,) * 2)
     keep = {"whole": True, "layers": False, "auto": None}[args.memory]
-    try: matrix = collect(args.model, ids, device="cpu", keep=keep, checkpoint_dir=args.folder)
+    try: matrix = collect(LayerStack(args.model, device="cpu", keep=keep), ids, checkpoint_dir=args.folder)
     except (RuntimeError, MemoryError) as error: return print(json.dumps({"failed": str(error).splitlines()[0][:90]}))
     print(json.dumps({"peak": status("VmHWM") - before, "hash": hashlib.sha256(b"".join(matrix.sums[name].numpy().tobytes() for name in matrix.names)).hexdigest()[:12]}))
 
@@ -93,7 +94,7 @@ def beside_llama(args, ids) -> None:
     "Turns of llama-imatrix and of this package on the same windows."
     from llm_quantize.calibration.imatrix import ImportanceMatrix
     from llm_quantize.api import quantize
-    text, tokens, seconds = texts(args), ids.numel(), {"llama-imatrix, whole command": [], "llm-quantize analyze, whole command": [], "collect, without the imports": []}
+    text, tokens, seconds = texts(Job(args)), ids.numel(), {"llama-imatrix, whole command": [], "llm-quantize analyze, whole command": [], "collect, without the imports": []}
     if not isinstance(text, str): [text] = text
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -104,7 +105,7 @@ def beside_llama(args, ids) -> None:
         ours = [sys.executable, "-m", "llm_quantize.cli.main", "analyze", str(args.model), "-o", str(folder / "ours.imatrix"), "--calibration-data", str(folder / "text.txt"), "--calibration-samples", count,
                 "--checkpoint-dir", str(folder / "state")]
         command = lambda words: lambda: subprocess.run(words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""})
-        actions = dict(zip(seconds, (command(theirs), command(ours), lambda: collect(args.model, ids, device="cpu"))))
+        actions = dict(zip(seconds, (command(theirs), command(ours), lambda: collect(LayerStack(args.model, device="cpu"), ids))))
         for _ in range(args.turns):
             for name, action in actions.items(): seconds[name].append(timed(action))
         one, other = (ImportanceMatrix.load(folder / name) for name in ("ours.imatrix", "theirs.gguf"))
@@ -165,14 +166,14 @@ def devices(args) -> None:
     "The sample model's sums on the device beside those of the CPU."
     ids = windows(load_tokenizer(sample_path()), bundled_text("calibration"), size=512, limit=16)
     for dtype in (torch.float32, torch.bfloat16):
-        here, there = (collect(sample_path(), ids, device=device, dtype=dtype, batch=8) for device in ("cpu", args.device))
+        here, there = (collect(LayerStack(sample_path(), device=device, dtype=dtype), ids, batch=8) for device in ("cpu", args.device))
         apart = torch.cat([(there.sums[name] / here.sums[name] - 1).abs().flatten() for name in here.names])
         totals = max(abs(there.sums[name].sum() / here.sums[name].sum() - 1).item() for name in here.names)
         same = all(torch.equal(here.counts[name], there.counts[name]) for name in here.names)
         print(f"sample-4m, {str(dtype).removeprefix('torch.'):9} {args.device} beside cpu: totals differ by {totals:.1e} at most, channels by {apart.mean():.1e} on average and {apart.max():.1e} at most, "
               f"counts {'equal' if same else 'DIFFER'}", flush=True)
     for method in ("fisher", "gradient"):
-        here, there = (collect(sample_path(), ids[:4], method=method, device=device, dtype=torch.float32) for device in ("cpu", args.device))
+        here, there = (collect(LayerStack(sample_path(), device=device, dtype=torch.float32), ids[:4], method=method) for device in ("cpu", args.device))
         totals = max(abs(there.sums[name].sum() / here.sums[name].sum() - 1).item() for name in here.names)
         print(f"sample-4m, {method} in float32, {args.device} beside cpu: totals differ by {totals:.1e} at most", flush=True)
 
@@ -200,7 +201,7 @@ def main() -> int: # exit status
         devices(args)
         print(f"done after {time.perf_counter() - BEGUN:.1f} s")
         return 0
-    ids = windows(load_tokenizer(args.model), texts(args), size=512, limit=args.windows)
+    ids = windows(load_tokenizer(args.model), texts(Job(args)), size=512, limit=args.windows)
     if args.memory: memory(args, ids)
     elif args.llama_imatrix: beside_llama(args, ids)
     else:

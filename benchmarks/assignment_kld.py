@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.models.job import Job
 from llm_quantize.gguf.allocation import allocate
 from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
@@ -29,11 +31,11 @@ def main():
     parser.add_argument("--effort", default="default")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
-    imatrix = cached_imatrix(checkpoint, calibration_samples=args.samples, device="cpu")
-    found = measure_sensitivity(checkpoint, imatrix, effort=args.effort, path=sensitivity_path(checkpoint, imatrix, args.effort), device="cpu")
-    choices = [replace(c, costs=found[c.name].costs) for c in unmeasured(list(plan_gguf(checkpoint, "Q8_0").specs))]
+    imatrix = cached_imatrix(Job(checkpoint, device="cpu"), calibration_samples=args.samples)
+    found = measure_sensitivity(Job(checkpoint, device="cpu"), imatrix, effort=args.effort, path=sensitivity_path(checkpoint, imatrix, args.effort))
+    choices = [replace(c, costs=found[c.name].costs) for c in unmeasured(list(plan_gguf(Job(checkpoint), "Q8_0").specs))]
     text = windows(load_tokenizer(checkpoint.path), bundled_text("heldout"), limit=args.windows)
-    measure, chance, rows = _measurer(Probe(checkpoint, text, device="cpu"), imatrix), np.random.default_rng(0), []
+    measure, chance, rows = _measurer(Probe(LayerStack(checkpoint, dtype=torch.float32, device="cpu"), text), imatrix), np.random.default_rng(0), []
     print("| bits per weight | assignment | predicted | measured |\n|--:|--:|--:|--:|")
     for size in map(float, args.sizes.split(",")):
         for i in range(args.each):

@@ -10,6 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from llm_quantize.models.job import Job
+from llm_quantize.gguf.options import Dynamic
+from llm_quantize.gguf.options import Calibration
 from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.gguf.plan import plan_dynamic
 from llm_quantize.gguf.profiles import Profile, Target
@@ -21,7 +24,7 @@ def made(args, mix, imatrix, folder): # {kind: result}, seconds to plan and to w
     "The mix, and dynamic files of at most its size."
     out = {"mix": quantize(args.model, "gguf", mix, output_dir=folder, imatrix=imatrix, search="reference")}
     start = time.monotonic()
-    job, _ = plan_dynamic(args.model, target=Target(out["mix"].file_size, "bytes"), imatrix=imatrix, effort=args.effort)
+    job, _ = plan_dynamic(Job(args.model), Dynamic(target=Target(out["mix"].file_size, "bytes")), imatrix=imatrix, effort=args.effort)
     seconds = [time.monotonic() - start]
     fixed = Profile(mix, Target(out["mix"].file_size, "bytes"), tensors={t.name: t.type for t in job.plan if t.type != "F32"})
     for kind in ("dynamic",) if args.no_error_feedback else ("dynamic", "feedback"):
@@ -42,7 +45,7 @@ def main():
     parser.add_argument("--text", action="append", help="reporting text; default: the bundled held-out text")
     parser.add_argument("--json", type=Path, help="also keep the figures in this file")
     args = parser.parse_args()
-    imatrix, kept = cached_imatrix(args.model, calibration_samples=args.samples, device="cpu"), []
+    imatrix, kept = cached_imatrix(Job(args.model, device="cpu"), calibration_samples=args.samples), []
     print("| mix | text | its bytes | dynamic bytes | KLD mix | KLD dynamic | ratio | with error feedback | ratio | selected / predicted on selection text | seconds: plan, write, with feedback |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for mix in args.mixes.split(","):

@@ -16,6 +16,7 @@ import llama_cpp
 import numpy as np
 import torch
 
+from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.models.reference import load_float
@@ -78,7 +79,7 @@ def main() -> int: # exit status
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         source = quantize(checkpoint, "gguf", "BF16", output_dir=folder, output_name="source.gguf").output_path
-        matrices = {method: collect(checkpoint, ids, method=method, device="cpu") for method in args.methods}
+        matrices = {method: collect(LayerStack(checkpoint, device="cpu"), ids, method=method) for method in args.methods}
         if args.llama_imatrix:
             if len(texts) != 1: raise SystemExit("llama-imatrix takes one text file, not several documents")
             matrices["llama-imatrix"] = llama_imatrix(args.llama_imatrix, source, texts[0], len(ids), folder, args.threads)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from llm_quantize.models.job import Job
 from llm_quantize.models.architectures import architecture
 from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
@@ -66,7 +67,7 @@ def module_of(checkpoint, job, encoded, norms=()):
 
 def steps(checkpoint, imatrix, level, base):
     "Label -> (model, bytes of its file): the parts of protection alone."
-    job = plan_gguf(checkpoint, level, imatrix=imatrix)
+    job = plan_gguf(Job(checkpoint), level, has_imatrix=imatrix is not None)
     plan = protect(job, imatrix)
     none = EncodedAhead({}, {}, {})
     def made(changed): # a Protection -> model and size
@@ -78,7 +79,7 @@ def steps(checkpoint, imatrix, level, base):
     traded = _with_types(job, plan.changed, plan.blocks)
     yield "exchange", (module_of(checkpoint, traded, {**plan.encoded, **{n: d for n, d in encode_all(replace(traded, specs=tuple(s for s in job.specs if s.name in plan.changed)), imatrix).items()}}), traded.file_bytes)
     middle = (len({s.layer for s in job.specs}) - 1) // 2
-    costs = measure_sensitivity(checkpoint, imatrix, effort="quick", path=sensitivity_path(checkpoint, imatrix, "quick"))
+    costs = measure_sensitivity(Job(checkpoint), imatrix, effort="quick", path=sensitivity_path(checkpoint, imatrix, "quick"))
     changed = exchange(job, costs, (middle,))
     control = _with_types(job, changed, (middle,))
     bytes_ = encode_all(replace(control, specs=tuple(s for s in job.specs if s.name in changed)), imatrix)
@@ -105,7 +106,7 @@ def main():
     parser.add_argument("--folder", type=Path, help="where files are kept; default: nowhere")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
-    imatrix = ImportanceMatrix.load(args.imatrix) if args.imatrix else cached_imatrix(checkpoint)
+    imatrix = ImportanceMatrix.load(args.imatrix) if args.imatrix else cached_imatrix(Job(checkpoint))
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if args.plant: checkpoint, imatrix = plant(checkpoint, imatrix, args.plant, folder / f"{checkpoint.name}-planted")

@@ -58,9 +58,9 @@ def test_a_picture_has_a_description():
 
 def test_the_reference_of_the_command_is_that_of_its_parser():
     from llm_quantize.cli.main import command_reference
-    cells = json.loads((ROOT / "nbs" / "51_cli.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / "nbs" / "cli" / "04_main.ipynb").read_text(encoding="utf-8"))["cells"]
     [shown] = ["".join(o["data"]["text/markdown"]) for c in cells if "".join(c["source"]).endswith("Markdown(command_reference())") for o in c["outputs"]]
-    assert shown == command_reference(), "run nbs/51_cli.ipynb again"
+    assert shown == command_reference(), "run nbs/cli/04_main.ipynb again"
     assert "`--protect-super-weights`" in shown and "#### profile export" in shown
 
 
@@ -70,4 +70,4 @@ def test_live_pages_are_drawn_by_the_script_of_today():
     assert [p.stem for p in pages] == ["allocation", "importance", "quality"]
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        assert script in text, f"make {page.name} again: the cell that writes pages in nbs/55_explore.ipynb"
+        assert script in text, f"make {page.name} again: the cell that writes pages in nbs/explore/04_views.ipynb"

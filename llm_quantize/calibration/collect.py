@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from .imatrix import ImportanceMatrix
-from .resume import RunState, WaitingOnDisk, _read_state
+from .resume import RunState, WaitingOnDisk, saved_run
 from ..errors import ArgumentError, CheckpointError, ImportanceError
 from ..files import AGAIN
 from ..models.fingerprint import fingerprint
-from ..models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
+from ..models.hidden_states import HiddenStates
+from ..models.layer_stack import LayerStack, Place, run_backward, run_windows
 from ..models.listeners import Input, Listener
 
 # %% ../../nbs/calibration/04_collect.ipynb #collect-sums
@@ -85,8 +86,8 @@ def with_prior(sums: torch.Tensor,   # (experts, columns) float64
 # %% ../../nbs/calibration/04_collect.ipynb #collect-saved-way
 def saved_way(folder: str | Path) -> bool | None: # keep all layers?
     "Whether the run saved there kept all layers in memory; None where nothing was saved. A resumed run must do the same."
-    if not (Path(folder) / "analyze.state").exists(): return None
-    return _read_state(Path(folder) / "analyze.state")[0].get("way") == "by window"
+    about = saved_run(folder)
+    return None if about is None else about.get("way") == "by window"
 
 def _start(state: RunState, sums: _Sums, resume: bool) -> Place:
     "Where to begin; fills in the sums of a resumed run."
@@ -100,7 +101,7 @@ def _start(state: RunState, sums: _Sums, resume: bool) -> Place:
         sums.counts[name].copy_(tensors[f"counts {name}"])
     return place
 
-def _waiting(stack: LayerStack, ids: torch.Tensor, batch: int, state: RunState | None, place: Place) -> Waiting | None:
+def _waiting(stack: LayerStack, ids: torch.Tensor, batch: int, state: RunState | None, place: Place) -> HiddenStates | None:
     "Where hidden states wait: beside the checkpoint where there is one."
     if stack.keep or state is None or state.broken: return None
     waiting = WaitingOnDisk(state.folder, ids, stack.config.hidden_size, batch, state.give_up)

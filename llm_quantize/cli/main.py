@@ -13,12 +13,23 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from .. import __version__
-from .console import console, hoist_globals, output, progress_bar, set_up_logging
+from llm_quantize.cli.console import (
+    DEVICE,
+    LEVELS,
+    hoist_globals,
+    output,
+    print_rows,
+    progress_bar,
+    say,
+    set_threads,
+    set_up_logging,
+    split_globals,
+)
 from .profile import profile_app
 from .quantize import quantize_verb
 from ..errors import ArgumentError, CancelledError, LLMQuantizeError, OutOfMemoryError
@@ -30,11 +41,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn a Hugging Face checkpoint into the best model that fits your memory, measured and explained.",
-    epilog="--format and --verbosity may also be written after the verb.",
+    epilog="--format, --verbosity and --threads may also be written after the verb.",
 )
-quality_app = typer.Typer(
-    no_args_is_help=True, help="Measure what quantization cost: perplexity, KL divergence, top-1 agreement."
-)
+_QUALITY = "Measure what quantization cost: perplexity, KL divergence, top-1 agreement."
+quality_app = typer.Typer(no_args_is_help=True, help=_QUALITY)
 app.add_typer(quality_app, name="quality")
 app.add_typer(profile_app, name="profile")
 
@@ -46,23 +56,22 @@ def _version(wanted: bool) -> None:
         print(f"llm-quantize {__version__}")
         raise typer.Exit()
 
+_FORMAT = typer.Option(help="human or json; csv for quality compare", metavar="human|json")
+_VERBOSITY = typer.Option(help="how much to say on stderr", metavar="|".join(LEVELS))
+_THREADS = typer.Option(min=1, help="threads that compute; default: one for each core")
+_VERSION = typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")
+
 @app.callback()
-def _globals(
-    context: typer.Context,
-    format: Annotated[str, typer.Option(help="human or json; csv for quality compare", metavar="human|json")] = "human",
-    verbosity: Annotated[
-        str, typer.Option(help="how much to say on stderr", metavar="quiet|normal|verbose|debug")
-    ] = "normal",
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")
-    ] = False,
-):
+def _globals(context: typer.Context, format: Annotated[str, _FORMAT] = "human",
+             verbosity: Annotated[str, _VERBOSITY] = "normal", threads: Annotated[int | None, _THREADS] = None,
+             version: Annotated[bool, _VERSION] = False):
     if format not in ("human", "json", "csv"): raise ArgumentError(f"unknown --format '{format}'", "use human or json")
-    if verbosity not in ("quiet", "normal", "verbose", "debug"):
+    if verbosity not in LEVELS:
         raise ArgumentError(f"unknown --verbosity '{verbosity}'", "use quiet, normal, verbose or debug")
     if format == "csv" and context.invoked_subcommand != "quality": raise ArgumentError(_NO_CSV, "use human or json")
     output.format, output.verbosity = format, verbosity
     set_up_logging(verbosity)
+    set_threads(threads)
 
 @quality_app.callback()
 def _quality(context: typer.Context):
@@ -78,10 +87,12 @@ class _Written:
     def to_dict(self) -> dict:
         return {"status": "success", "output_path": str(self.path)}
 
+_NEW_DIR = typer.Argument(metavar="[DIR]", help="directory to make")
+
 @app.command()
-def sample(folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="directory to make")] = Path("sample-4m")):
+def sample(folder: Annotated[Path, _NEW_DIR] = Path("sample-4m")):
     "Write out the bundled sample model (Llama, 4.2 million weights), to try everything without a network."
-    from llm_quantize.models.checkpoint import write_sample
+    from llm_quantize.api import sample as write_sample
     output.show(_Written(write_sample(folder)), lambda result: print(result.path))
 
 # %% ../../nbs/cli/04_main.ipynb #main-told
@@ -91,246 +102,202 @@ def _told(value) -> str:
     if isinstance(value, int): return f"{value:,}"
     if isinstance(value, float): return f"{value:.3f}" if abs(value) >= 1 else f"{value:.3g}"
     if not isinstance(value, dict): return str(value)
-    counts = all(isinstance(count, int) for count in value.values())
-    return ", ".join(
-        f"{count} {name}" if counts else f"{name.replace('_', ' ')} {_told(count)}" for name, count in value.items()
-    )
+    if all(isinstance(count, int) for count in value.values()):
+        return ", ".join(f"{count} {name}" for name, count in value.items())
+    return ", ".join(f"{name.replace('_', ' ')} {_told(fact)}" for name, fact in value.items())
 
 # %% ../../nbs/cli/04_main.ipynb #main-facts
+_MODEL = typer.Argument(metavar="MODEL", help="checkpoint directory, Hub id or GGUF file")
+
 def _facts(result) -> None:
     "Print a record as two columns."
-    from rich.table import Table
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in result.to_dict().items():
-        if key != "status" and value is not None: table.add_row(key.replace("_", " "), _told(value))
-    console().print(table, markup=False)
+    facts = {key: value for key, value in result.to_dict().items() if key != "status" and value is not None}
+    print_rows([["", ""], *([key.replace("_", " "), _told(value)] for key, value in facts.items())])
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory, Hub id or GGUF file")]):
+def info(model: Annotated[str, _MODEL]):
     "Say what a model is: architecture, weights, layers, heads, vocabulary, dtype."
-    from llm_quantize.quality.model_info import info as describe
+    from llm_quantize.api import info as describe
     output.show(describe(model), _facts)
 
-# %% ../../nbs/cli/04_main.ipynb #main-show-analysis
-def _show_analysis(result) -> None:
-    from rich.table import Table
-    screen = console()
-    found = result.to_dict()
-    screen.print(
-        f"{result.output_path}  {len(result.names)} entries from {result.chunk_count} windows of {result.chunk_size} tokens, method {result.method}, "
-        f"{result.duration_seconds:,.1f} s",
-        soft_wrap=True,
-        markup=False,
-    )
-    table = Table(box=None, pad_edge=False)
-    for name in ("block", "mean importance", "least", "largest", "in"):
-        table.add_column(name, justify="left" if name in ("block", "in") else "right")
-    for row in found["layers"]:
-        top = max(row["tensors"], key=lambda tensor: tensor["max"])
-        table.add_row(
-            row["layer_name"],
-            f"{row['importance']:.4g}",
-            f"{min(t['min'] for t in row['tensors']):.2e}",
-            f"{top['max']:.4g}",
-            top["name"],
-        )
-    screen.print(table)
-    if result.super_weights is not None:
-        screen.print(
-            f"\n{result.super_weights.render()}\n{result.total_protected:,} weights make the most important {100 * result.coverage:g} %",
-            soft_wrap=True,
-        )
-    if found["rare_experts"]:
-        screen.print(
-            f"{len(found['rare_experts'])} entries of experts saw few tokens and lean on a neutral prior",
-            soft_wrap=True,
-        )
+# %% ../../nbs/cli/04_main.ipynb #main-importance-row
+def _importance_row(block: dict) -> list: # of texts
+    "What a person reads of a block."
+    least = min(tensor["min"] for tensor in block["tensors"])
+    top = max(block["tensors"], key=lambda tensor: tensor["max"])
+    return [block["layer_name"], f"{block['importance']:.4g}", f"{least:.2e}", f"{top['max']:.4g}", top["name"]]
 
-# %% ../../nbs/cli/04_main.ipynb #main-analyze-2
+def _show_analysis(result) -> None:
+    facts, numbers = result.to_dict(), ("mean importance", "least", "largest")
+    read = f"{result.chunk_count} windows of {result.chunk_size} tokens"
+    say(f"{result.output_path}  {len(result.names)} entries from {read}, method {result.method}, "
+        f"{result.duration_seconds:,.1f} s")
+    print_rows([["block", *numbers, "in"], *map(_importance_row, facts["layers"])], right=numbers)
+    if result.super_weights is not None:
+        say(f"\n{result.super_weights.render()}")
+        say(f"{result.total_protected:,} weights make the most important {100 * result.coverage:g} %")
+    if facts["rare_experts"]:
+        say(f"{len(facts['rare_experts'])} entries of experts saw few tokens and lean on a neutral prior")
+
+# %% ../../nbs/cli/04_main.ipynb #main-make-state
+_CHECKPOINT = typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")
+_METHOD = typer.Option(help="how columns are weighed", metavar="activation|gradient|fisher")
+_TEXTS = typer.Option(help="text: .txt, .json, .jsonl, a directory of such, or wikitext; default: the bundled one")
+_FIND = typer.Option("--identify-super-weights", help="find single weights that carry the model")
+_STATE = typer.Option(help="where the state of the run is kept; default ./.checkpoint")
+
+def _make_state(folder: Path | None) -> None:
+    "Make the directory for the state of a run; without one the run says that it goes on without."
+    place = folder or os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint"
+    try: Path(place).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError: pass
+
 @app.command()
 def analyze(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")],
-    out: Annotated[Optional[Path], typer.Option("-o", "--output", help="file to write; default ./NAME.imatrix")] = None,
-    method: Annotated[
-        str, typer.Option(help="how columns are weighed", metavar="activation|gradient|fisher")
-    ] = "activation",
-    calibration_data: Annotated[
-        Optional[str],
-        typer.Option(help="text: .txt, .json, .jsonl, a directory of such, or wikitext; default: the bundled one"),
-    ] = None,
+    model: Annotated[str, _CHECKPOINT],
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="file to write; default ./NAME.imatrix")] = None,
+    method: Annotated[str, _METHOD] = "activation",
+    calibration_data: Annotated[str | None, _TEXTS] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="windows of 512 tokens, at most")] = 512,
-    identify_super_weights: Annotated[
-        bool, typer.Option("--identify-super-weights", help="find single weights that carry the model")
-    ] = False,
+    identify_super_weights: Annotated[bool, _FIND] = False,
     coverage: Annotated[float, typer.Option(help="share of the weights to protect")] = 0.0001,
-    checkpoint_dir: Annotated[
-        Optional[Path], typer.Option(help="where the state of the run is kept; default ./.checkpoint")
-    ] = None,
-    resume: Annotated[Optional[Path], typer.Option(help="such a directory, to go on from")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default: CUDA if there is one")] = None,
+    checkpoint_dir: Annotated[Path | None, _STATE] = None,
+    resume: Annotated[Path | None, typer.Option(help="such a directory, to go on from")] = None,
+    device: DEVICE = None,
 ):
     "Compute the importance matrix of a model, for quantize --imatrix and for llama.cpp."
-    if resume is None:
-        try:
-            Path(checkpoint_dir or os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint").expanduser().mkdir(
-                parents=True, exist_ok=True
-            )
-        except OSError:
-            pass  # the run will say that it goes on without checkpoints
-
+    if resume is None: _make_state(checkpoint_dir)
+    from llm_quantize.api import analyze as run
     with progress_bar("analyzing") as progress:
-        result = run(
-            model,
-            output=out,
-            method=method,
-            calibration_data=calibration_data,
-            calibration_samples=calibration_samples,
-            identify_super_weights=identify_super_weights,
-            coverage=coverage,
-            checkpoint_dir=checkpoint_dir,
-            resume=resume,
-            device=device,
-            progress=progress,
-        )
+        result = run(model, output=out, method=method, calibration_data=calibration_data,
+                     calibration_samples=calibration_samples, identify_super_weights=identify_super_weights,
+                     coverage=coverage, checkpoint_dir=checkpoint_dir, resume=resume, device=device, progress=progress)
     output.show(result, _show_analysis)
 
 # %% ../../nbs/cli/04_main.ipynb #main-app-command-quantize-quantiz
 app.command("quantize")(quantize_verb);
 
-# %% ../../nbs/cli/04_main.ipynb #main-text-typer-option-help-evalu
+# %% ../../nbs/cli/04_main.ipynb #main-original-typer-argument-meta
+_ORIGINAL = typer.Argument(metavar="ORIGINAL", help="checkpoint directory or Hub id")
 _TEXT = typer.Option(help="evaluation text: .txt, .json or .jsonl; default: the bundled held-out text")
 _WINDOWS = typer.Option(min=1, help="windows of 512 tokens to evaluate, at most")
-_BACKEND = typer.Option(
-    help="what runs the quantized model: our decoder, or llama.cpp itself", metavar="torch|llama.cpp"
-)
+_RUNNER = "what runs the quantized model: our decoder, or llama.cpp itself"
+_BACKEND = typer.Option(help=_RUNNER, metavar="torch|llama.cpp")
 
 # %% ../../nbs/cli/04_main.ipynb #main-quality-report-verb
+_QUANTIZED = typer.Argument(metavar="QUANTIZED", help="GGUF file or directory made from it")
+_LAYERS = typer.Option("--include-layers", help="error of every tensor and block, in weights and in outputs")
+_SPEECH = typer.Option("--coherence-check", help="also let it write, and judge the text")
+_PROMPTS = typer.Option(help="more prompts for the coherence check: one a line, or .json")
+_REPORT = typer.Option("-o", "--output", help="also write the report to this .json, .md or .html file")
+
 @quality_app.command("report")
 def quality_report_verb(
-    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="checkpoint directory or Hub id")],
-    quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="GGUF file or directory made from it")],
-    calibration_data: Annotated[Optional[Path], _TEXT] = None,
+    original: Annotated[str, _ORIGINAL],
+    quantized: Annotated[Path, _QUANTIZED],
+    calibration_data: Annotated[Path | None, _TEXT] = None,
     calibration_samples: Annotated[int, _WINDOWS] = 256,
-    include_layers: Annotated[
-        bool, typer.Option("--include-layers", help="error of every tensor and block, in weights and in outputs")
-    ] = False,
+    include_layers: Annotated[bool, _LAYERS] = False,
     backend: Annotated[str, _BACKEND] = "torch",
-    coherence_check: Annotated[bool, typer.Option("--coherence-check", help="also let it speak")] = False,
-    prompts: Annotated[
-        Optional[Path], typer.Option(help="more prompts for the coherence check: one a line, or .json")
-    ] = None,
-    report: Annotated[
-        Optional[Path], typer.Option("-o", "--output", help="also write the report to this .json, .md or .html file")
-    ] = None,
+    coherence_check: Annotated[bool, _SPEECH] = False,
+    prompts: Annotated[Path | None, _PROMPTS] = None,
+    report: Annotated[Path | None, _REPORT] = None,
+    device: DEVICE = None,
 ):
     "Compare one quantized model with its original in depth."
-    from llm_quantize.quality.evaluate import quality_report
+    from llm_quantize.api import quality_report
     with progress_bar("evaluating") as progress:
-        result = quality_report(
-            original,
-            quantized,
-            calibration_data=calibration_data,
-            calibration_samples=calibration_samples,
-            include_layers=include_layers,
-            coherence_check=coherence_check,
-            prompts=prompts,
-            output=report,
-            backend=backend,
-            progress=progress,
-        )
+        result = quality_report(original, quantized, calibration_data=calibration_data,
+                                calibration_samples=calibration_samples, include_layers=include_layers,
+                                coherence_check=coherence_check, prompts=prompts, output=report, backend=backend,
+                                device=device, progress=progress)
     output.show(result, lambda result: print(result.render()))
 
 # %% ../../nbs/cli/04_main.ipynb #main-quality-compare-verb
+_SEVERAL = typer.Argument(metavar="QUANTIZED...", help="GGUF files or directories made from it")
+_METRICS = typer.Option(help="some of perplexity,kld,top1,size,bpw")
+_COMPARISON = typer.Option("-o", "--output", help="also write the comparison to this .html, .json, .csv or .md file")
+
 @quality_app.command("compare")
 def quality_compare_verb(
-    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="checkpoint directory or Hub id")],
-    quantized: Annotated[
-        list[Path], typer.Argument(metavar="QUANTIZED...", help="GGUF files or directories made from it")
-    ],
-    metrics: Annotated[Optional[str], typer.Option(help="some of perplexity,kld,top1,size,bpw")] = None,
-    calibration_data: Annotated[Optional[Path], _TEXT] = None,
+    original: Annotated[str, _ORIGINAL],
+    quantized: Annotated[list[Path], _SEVERAL],
+    metrics: Annotated[str | None, _METRICS] = None,
+    calibration_data: Annotated[Path | None, _TEXT] = None,
     calibration_samples: Annotated[int, _WINDOWS] = 256,
     backend: Annotated[str, _BACKEND] = "torch",
-    report: Annotated[
-        Optional[Path],
-        typer.Option("-o", "--output", help="also write the comparison to this .html, .json, .csv or .md file"),
-    ] = None,
+    report: Annotated[Path | None, _COMPARISON] = None,
+    device: DEVICE = None,
 ):
     "One line per quantized model: perplexity, KL divergence, agreement, size."
-    from llm_quantize.quality.evaluate import compare
+    from llm_quantize.api import compare
     with progress_bar("evaluating") as progress:
-        result = compare(
-            original,
-            quantized,
-            metrics=metrics.split(",") if metrics else None,
-            calibration_data=calibration_data,
-            calibration_samples=calibration_samples,
-            output=report,
-            backend=backend,
-            progress=progress,
-        )
+        result = compare(original, quantized, metrics=metrics.split(",") if metrics else None,
+                         calibration_data=calibration_data, calibration_samples=calibration_samples, output=report,
+                         backend=backend, device=device, progress=progress)
     print(result.render(output.format))
 
 # %% ../../nbs/cli/04_main.ipynb #main-validate-2
+_FILE = typer.Argument(metavar="QUANTIZED", help="GGUF file, or with --original a directory")
+_MADE_FROM = typer.Option(help="what it was made from: each tensor is compared")
+_LOADED = typer.Option(help="llama.cpp: it must also load there", metavar="torch|llama.cpp")
+
 @app.command()
 def validate(
-    quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="GGUF file, or with --original a directory")],
-    original: Annotated[Optional[str], typer.Option(help="what it was made from: each tensor is compared")] = None,
-    backend: Annotated[
-        str, typer.Option(help="llama.cpp: it must also load there", metavar="torch|llama.cpp")
-    ] = "torch",
+    quantized: Annotated[Path, _FILE],
+    original: Annotated[str | None, _MADE_FROM] = None,
+    backend: Annotated[str, _LOADED] = "torch",
 ):
     "Look at every tensor of a quantized model: readable, numbers, and like its original."
-    from llm_quantize.quality.validation import validate as run
+    from llm_quantize.api import validate as run
     output.show(run(quantized, original, backend=backend), _facts)
 
 # %% ../../nbs/cli/04_main.ipynb #main-as-known
+_LESS_MEMORY = 'close other programs, or set CUDA_VISIBLE_DEVICES="" to stay off the GPU'
+
 def _as_known(error: BaseException) -> LLMQuantizeError:
     "The exception of ours that tells a failure best."
+    name = type(error).__name__
     if isinstance(error, LLMQuantizeError): return error
-    if hasattr(error, "format_message"):
-        return ArgumentError(error.format_message(), "see llm-quantize --help")  # typer's usage errors
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    usage = getattr(error, "format_message", None)  # of an error of typer
+    if usage is not None: return ArgumentError(usage(), "see llm-quantize --help")
+    if isinstance(error, KeyboardInterrupt) or name == "Abort":
         return CancelledError("stopped", "run the same command again")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return OutOfMemoryError(
-            f"not enough memory: {error}".rstrip(": "),
-            'close other programs, or set CUDA_VISIBLE_DEVICES="" to stay off the GPU',
-        )
-    return LLMQuantizeError(
-        f"unexpected {type(error).__name__}: {error}", "run again with --verbosity debug and report the traceback"
-    )
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return OutOfMemoryError(f"not enough memory: {error}".rstrip(": "), _LESS_MEMORY)
+    return LLMQuantizeError(f"unexpected {name}: {error}", "run again with --verbosity debug and report the traceback")
 
-# %% ../../nbs/cli/04_main.ipynb #main-main
+# %% ../../nbs/cli/04_main.ipynb #main-report
+def _report(failure: BaseException) -> int: # exit code
+    "Tell a failure; the help that is shown for a command without words is told already."
+    if type(failure).__name__ == "NoArgsIsHelpError": return ArgumentError.exit_code
+    error = _as_known(failure)
+    if output.verbosity == "debug" and not isinstance(failure, KeyboardInterrupt):
+        logging.getLogger("llm_quantize").error("traceback:", exc_info=failure)
+    if output.format == "json": print(json.dumps(error.to_dict(), ensure_ascii=False))
+    else:
+        for line in filter(None, (error.message, error.suggestion)): print(f"[llm-quantize] {line}", file=sys.stderr)
+    return error.exit_code
+
+# %% ../../nbs/cli/04_main.ipynb #main-silence
+def _silence() -> int: # exit code
+    "Let what is still to be printed go nowhere."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+# %% ../../nbs/cli/04_main.ipynb #main-main-2
 def main(argv: list[str] | None = None # arguments; default: the command line's
-        ) -> int:                        # exit code
+        ) -> int:                      # exit code
     "Run the command; prints, and returns the exit code."
-    arguments = hoist_globals(list(sys.argv[1:] if argv is None else argv))
-    output.format = (
-        "json" if ["--format", "json"] == arguments[:2] or ["--format", "json"] == arguments[2:4] else "human"
-    )
+    words = sys.argv[1:] if argv is None else argv
+    options, _ = split_globals(words)
+    output.format = "json" if options.get("--format") == "json" else "human"
     try:
-        return app(arguments, prog_name="llm-quantize", standalone_mode=False) or 0
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # the reader is gone: nothing more to say, and no message from the interpreter's exit
-        return 0
-    except BaseException as caught:
-        if isinstance(caught, SystemExit): return caught.code or 0
-        if type(caught).__name__ == "NoArgsIsHelpError": return 2  # the help is printed already
-        if output.verbosity == "debug" and not isinstance(caught, KeyboardInterrupt):
-            logging.getLogger("llm_quantize").exception("traceback:")
-        error = _as_known(caught)
-        if output.format == "json":
-            print(json.dumps(error.to_dict(), ensure_ascii=False))
-        else:
-            print(
-                f"[llm-quantize] {error.message}"
-                + (f"\n[llm-quantize] {error.suggestion}" if error.suggestion else ""),
-                file=sys.stderr,
-            )
-        return error.exit_code
+        code = app(hoist_globals(words), prog_name="llm-quantize", standalone_mode=False) or 0
+        sys.stdout.flush()  # a reader who is gone is noticed here
+        return code
+    except (BrokenPipeError, SystemExit): return _silence()  # typer exits only where the reader is gone
+    except BaseException as failure: return _report(failure)
 
 # %% ../../nbs/cli/04_main.ipynb #main-if-name-main-raise-systemexi
 #| eval: false
@@ -340,13 +307,13 @@ if __name__ == "__main__": raise SystemExit(main())
 _KINDS = {"int": "N", "float": "F", "Path": "PATH"}
 
 def _words(parameter) -> str: # "-o, --output-dir PATH"
+    "A parameter as it is written on the command line."
     if parameter.param_type_name == "argument": return parameter.metavar
-    kinds = [
-        kind for name, kind in _KINDS.items() if name in str(parameter.type_descriptor.annotation)
-    ]  # such as Optional[pathlib.Path]
-    return " ".join(
-        [", ".join(parameter.opts), *([] if parameter.is_flag else [parameter.metavar or (kinds or ["TEXT"])[0]])]
-    )
+    names = ", ".join(parameter.opts)
+    if parameter.is_flag: return names
+    annotation = str(parameter.type_descriptor.annotation)  # such as pathlib.Path | None
+    value = next((kind for name, kind in _KINDS.items() if name in annotation), "TEXT")
+    return f"{names} {parameter.metavar or value}"
 
 # %% ../../nbs/cli/04_main.ipynb #main-rows
 def _rows(command) -> list: # of rows of a Markdown table
@@ -355,28 +322,27 @@ def _rows(command) -> list: # of rows of a Markdown table
     for p in command.params:
         if "--help" in p.opts: continue
         default = "" if p.required or p.default is None or p.default is False else f" [{p.default}]"
-        rows.append(
-            "| "
-            + f"`{_words(p)}` | {p.help or ''}{default}".replace("|", chr(92) + "|").replace(f"` {chr(92)}|", "` |")
-            + " |"
-        )
+        words, meaning = (text.replace("|", r"\|") for text in (_words(p), f"{p.help or ''}{default}"))
+        rows.append(f"| `{words}` | {meaning} |")
     return rows
+
+# %% ../../nbs/cli/04_main.ipynb #main-verbs
+def _verbs(command, before: str = ""):
+    "The verbs below a command, with all words that lead to them."
+    for name, verb in command.commands.items():
+        words = f"{before} {name}".strip()
+        if hasattr(verb, "commands"): yield from _verbs(verb, words)
+        else: yield words, verb
 
 def command_reference() -> str: # Markdown
     "All verbs of the command with their arguments and options, from the parser."
-    top, parts = typer.main.get_command(app), []
-    parts.append(
-        "\n".join(
-            ["**llm-quantize**, before or after the verb", "", "| option | what it does |", "|---|---|", *_rows(top)]
-        )
-    )
-    for name, verb in top.commands.items():
-        for words, command in (
-            [(f"{name} {n}", c) for n, c in verb.commands.items()] if hasattr(verb, "commands") else [(name, verb)]
-        ):
-            line = " ".join(
-                ["llm-quantize", words, *(p.metavar for p in command.params if p.param_type_name == "argument")]
-            )
-            table = ["", "| | |", "|---|---|", *_rows(command)] if _rows(command) else []
-            parts.append("\n".join([f"#### {words}", "", f"`{line}`", "", command.help or "", *table]))
+    top = typer.main.get_command(app)
+    head = ["**llm-quantize**, before or after the verb", "", "| option | what it does |", "|---|---|"]
+    parts = ["\n".join([*head, *_rows(top)])]
+    for words, verb in _verbs(top):
+        arguments = [p.metavar for p in verb.params if p.param_type_name == "argument"]
+        rows = _rows(verb)
+        table = ["", "| | |", "|---|---|", *rows] if rows else []
+        line = " ".join(["llm-quantize", words, *arguments])
+        parts.append("\n".join([f"#### {words}", "", f"`{line}`", "", verb.help or "", *table]))
     return "\n\n".join(parts)

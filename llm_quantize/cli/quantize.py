@@ -5,372 +5,196 @@
 # %% auto #0
 __all__ = ['quantize_verb']
 
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-import-logging
-import logging
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-import-math
 import math
-import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from .console import console, output, parse_size, print_rows, progress_bar
-from .profile import costs_beside, planned, target_of
-from ..errors import ArgumentError
+from .console import DEVICE, output, print_rows, progress_bar, say
 
 # %% ../../nbs/cli/03_quantize.ipynb #quantize-show-written
 def _show_written(result) -> None:
-    "Where the file is and how large; a path is no markup, so brackets in it stay."
-    console().print(
-        f"{result.output_path}  {result.file_size / 1e6:,.2f} MB  {result.effective_bpw:.3f} bits per weight  "
-        f"{100 * result.compression_ratio:.1f} % of the original",
-        soft_wrap=True,
-        markup=False,
-    )
+    "Where the file is and how large."
+    share, size = 100 * result.compression_ratio, result.file_size / 1e6
+    say(f"{result.output_path}  {size:,.2f} MB  {result.effective_bpw:.3f} bits per weight  {share:.1f} % of the original")
 
 # %% ../../nbs/cli/03_quantize.ipynb #quantize-show-types
 def _show_types(result) -> None:
-    from rich.table import Table
-    table = Table(box=None, pad_edge=False)
-    for name in ("type", "tensors", "weights", "bytes", "relative error"):
-        table.add_column(name, justify="left" if name == "type" else "right")
-    for row in result.by_type():
-        table.add_row(
-            row["type"], str(row["tensors"]), f"{row['weights']:,}", f"{row['bytes']:,}", f"{row['error']:.2e}"
-        )
-    console().print(table)
+    "What the file is made of, by type."
+    head = ["type", "tensors", "weights", "bytes", "relative error"]
+    rows = [[r["type"], str(r["tensors"]), f"{r['weights']:,}", f"{r['bytes']:,}", f"{r['error']:.2e}"]
+            for r in result.by_type()]
+    print_rows([head, *rows], right=("tensors", "weights", "bytes", "relative error"))
 
 # %% ../../nbs/cli/03_quantize.ipynb #quantize-show-quality
 def _show_quality(report: dict | None) -> None:
+    "What it cost, in one line."
     if not report: return
     m, score = report["metrics"], report["coherence_score"]
-    console().print(
-        f"perplexity {m['perplexity_delta_pct']:+.2f} % ± {m['perplexity_delta_pct_se']:.2f} %, KL divergence {m['kld_mean']:.5f} ± {m['kld_mean_se']:.5f}, "
-        f"same top token {100 * m['top1_agreement']:.1f} %{'' if score is None else f', coherence {score:.3f} of 1'}",
-        soft_wrap=True,
-    )
+    growth = f"perplexity {m['perplexity_delta_pct']:+.2f} % ± {m['perplexity_delta_pct_se']:.2f} %"
+    divergence = f"KL divergence {m['kld_mean']:.5f} ± {m['kld_mean_se']:.5f}"
+    spoken = "" if score is None else f", coherence {score:.3f} of 1"
+    say(f"{growth}, {divergence}, same top token {100 * m['top1_agreement']:.1f} %{spoken}")
 
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-show-protection
-def _show_protection(found: dict) -> None:
-    from rich.table import Table
-    screen = console()
-    if not found["identified"]: screen.print("super weights: none found, nothing was to be protected"); return
-    kld = (
-        ""
-        if found["kld_with"] is None
-        else f", KL divergence {found['kld_with']:.4g}"
-        + ("" if found["kld_without"] is None else f" (without protection {found['kld_without']:.4g})")
-    )
-    screen.print(
-        f"\n{found['identified']} super weights in {', '.join(found['protected_blocks'])}; {len(found['exchanged'])} tensors changed type{kld}",
-        soft_wrap=True,
-    )
-    table = Table(box=None, pad_edge=False)
-    for name in ("super weight", "original", "before", "now", "error", "spike", ""):
-        table.add_column(name, justify="left" if name in ("super weight", "") else "right")
-    for w in found["weights"]:
-        spike = "" if w["activation_ratio"] is None else f"x {w['activation_ratio']:.3f}"
-        values = [f"{w[key]:.5f}" for key in ("original", "before", "after")]
-        table.add_row(
-            f"{w['tensor']} {w['row']}, {w['column']}",
-            *values,
-            f"{w['relative_error']:.1e}",
-            spike,
-            "pinned" if w["pinned"] else "",
-        )
-    screen.print(table)
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-divergence
+def _divergence(told: dict) -> str:
+    if told["kld_with"] is None: return ""
+    without = "" if told["kld_without"] is None else f" (without protection {told['kld_without']:.4g})"
+    return f", KL divergence {told['kld_with']:.4g}{without}"
 
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-show-quantized
+def _row_of(w: dict) -> list[str]:
+    "One super weight."
+    spike = "" if w["activation_ratio"] is None else f"x {w['activation_ratio']:.3f}"
+    values = [f"{w[key]:.5f}" for key in ("original", "before", "after")]
+    place, said = f"{w['tensor']} {w['row']}, {w['column']}", "pinned" if w["pinned"] else ""
+    return [place, *values, f"{w['relative_error']:.1e}", spike, said]
+
+def _show_protection(told: dict) -> None:
+    "What was done for super weights."
+    if not told["identified"]: return say("super weights: none found, nothing was to be protected")
+    blocks, changed = ", ".join(told["protected_blocks"]), len(told["exchanged"])
+    say(f"\n{told['identified']} super weights in {blocks}; {changed} tensors changed type{_divergence(told)}")
+    head = ["super weight", "original", "before", "now", "error", "spike", ""]
+    print_rows([head, *map(_row_of, told["weights"])], right=("original", "before", "now", "error", "spike"))
+
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-show-feedback
+def _show_feedback(told: dict) -> None:
+    "What error feedback did."
+    say(f"error feedback in {told['tensors']} tensors from {told['windows']} windows")
+    if "kld_after_tuning" not in told: return
+    before, after = told["kld_before_tuning"], told["kld_after_tuning"]
+    say(f"tuned: KL divergence {before:.4g} -> {after:.4g} on text kept apart")
+
 def _show_quantized(result) -> None:
+    "A GGUF file."
     _show_written(result)
     _show_types(result)
-    screen = console()
-    if result.error_feedback:
-        found = result.error_feedback
-        screen.print(f"error feedback in {found['tensors']} tensors from {found['windows']} windows", soft_wrap=True)
-        if "kld_after_tuning" in found:
-            screen.print(
-                f"tuned: KL divergence {found['kld_before_tuning']:.4g} -> {found['kld_after_tuning']:.4g} on text kept apart",
-                soft_wrap=True,
-            )
+    if result.error_feedback: _show_feedback(result.error_feedback)
     if result.protection: _show_protection(result.protection)
     _show_quality(result.quality_report)
 
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-show-smoothed
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-pair-row
+_UNEVEN = {"inputs_before": "loudest input / median", "inputs_after": "after",
+           "weights_before": "loudest weight / median", "weights_after": "after"}
+
+def _pair_row(r: dict) -> list[str]:
+    "One kind of pair."
+    strength = "none" if math.isnan(r["alpha"]) else f"{r['alpha']:.2f}"
+    errors = [f"{r[key]:.1e}" for key in ("error_unsmoothed", "error")]
+    return [r["pair"], str(r["folds"]), strength, *errors, *(f"{r[key]:.1f}" for key in _UNEVEN)]
+
 def _show_smoothed(result) -> None:
-    screen = console()
+    "An int8 directory."
     _show_written(result)
-    head = [
-        "pair",
-        "folds",
-        "alpha",
-        "output error",
-        "smoothed",
-        "loudest input / median",
-        "after",
-        "loudest weight / median",
-        "after",
-    ]
-    uneven = ("inputs_before", "inputs_after", "weights_before", "weights_after")
-    strength = lambda alpha: "none" if math.isnan(alpha) else f"{alpha:.2f}"
-    print_rows(
-        [head]
-        + [
-            [
-                r["pair"],
-                str(r["folds"]),
-                strength(r["alpha"]),
-                f"{r['error_unsmoothed']:.1e}",
-                f"{r['error']:.1e}",
-                *(f"{r[k]:.1f}" for k in uneven),
-            ]
-            for r in result.by_pair()
-        ]
-    )
-    for label in result.unfit: screen.print(f"not smoothed: {label} cannot be folded in this model", soft_wrap=True)
+    head = ["pair", "folds", "alpha", "output error", "smoothed", *_UNEVEN.values()]
+    print_rows([head, *map(_pair_row, result.by_pair())])
+    for label in result.unfit: say(f"not smoothed: {label} cannot be folded in this model")
     for p in result.not_helped[:5]:
-        screen.print(
-            f"not helped: {p['pair']} of layer {p['layer']} (error {p['error_unsmoothed']:.1e} -> {p['error']:.1e}): {p['suggestion']}",
-            soft_wrap=True,
-        )
-    if len(result.not_helped) > 5:
-        screen.print(f"and {len(result.not_helped) - 5} more, named in smoothquant.json", soft_wrap=True)
+        errors = f"error {p['error_unsmoothed']:.1e} -> {p['error']:.1e}"
+        say(f"not helped: {p['pair']} of layer {p['layer']} ({errors}): {p['suggestion']}")
+    if len(result.not_helped) > 5: say(f"and {len(result.not_helped) - 5} more, named in smoothquant.json")
     _show_quality(result.quality_report)
 
 # %% ../../nbs/cli/03_quantize.ipynb #quantize-show-plan
-def _show_plan(job) -> None:
-    from rich.table import Table
-    table = Table(box=None, pad_edge=False)
-    for name in ("tensor", "shape", "type", "why"): table.add_column(name)
-    for t in job.plan.tensors: table.add_row(t.name, " x ".join(map(str, t.shape)), t.type, t.why)
-    screen = console()
-    screen.print(table)
-    screen.print(
-        f"{job.level}: {job.file_bytes:,} bytes, {8 * job.file_bytes / job.checkpoint.parameters:.3f} bits per weight"
-        f"{'; needs an importance matrix, which will be computed first' if job.lacks_imatrix else ''}"
-    )
+def _show_plan(planned) -> None:
+    "The plan of a file, tensor by tensor."
+    rows = [[t.name, " x ".join(map(str, t.shape)), t.type, t.why] for t in planned.plan.tensors]
+    print_rows([["tensor", "shape", "type", "why"], *rows])
+    size, bits = planned.file_bytes, 8 * planned.file_bytes / planned.checkpoint.parameters
+    lacks = "; needs an importance matrix, which will be computed first" if planned.lacks_imatrix else ""
+    say(f"{planned.level}: {size:,} bytes, {bits:.3f} bits per weight{lacks}")
 
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-check-together
-_ONLY_GGUF = ("imatrix", "profile", "target_bpw", "target_size", "protect_super_weights", "force", "pre", "dry_run")
-_ONLY_SMOOTHQUANT = ("smoothquant", "static_activations")
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-model-typer-argument-metavar
+_MODEL = typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")
+_FORMAT = typer.Argument(metavar="FORMAT", help="gguf, or smoothquant: a directory in 8 bits for vLLM; or a level")
+_LEVEL = typer.Option("-q", "--quant-level", help=(
+    "a GGUF type or mix: Q8_0, Q6_K, Q4_K_M, Q3_K_M, IQ2_XXS, TERNARY ...; or dynamic: by measurement. Default Q4_K_M"))
+_DIR = typer.Option("-o", "--output-dir", help="where to write")
+_NAME = typer.Option("-n", "--output-name", help="file name; default NAME-LEVEL.gguf")
+_IMATRIX = typer.Option(help=(
+    "importance matrix: a GGUF or .dat file of llama-imatrix; computed where a type needs one and none is given"))
+_TEXT = typer.Option(help=(
+    "text to compute it from: .txt, .json, .jsonl, a directory of such, or wikitext; default: the bundled one"))
+_WINDOWS = typer.Option(min=1, help="windows of 512 tokens of that text, at most")
+_SEARCH = typer.Option(help="how hard the encoders look; reference does as llama.cpp", metavar="fast|best|reference")
+_FORCE = typer.Option("--force", help="write a ternary type even if the model is not ternary")
+_PRE = typer.Option(help="name of the pre-tokenizer, where it is not recognised")
+_SHARD = typer.Option(help="split the output into files no larger than this: 2G, 500M")
+_DRY = typer.Option("--dry-run", help="print the plan, write nothing")
 
-def _check_together(given: dict) -> None: # the options of the verb
-    "Raises `ArgumentError` for options that do not go together."
-    smooth, written = given["format"] == "smoothquant", lambda key: "--" + key.replace("_", "-")
-    if given["alpha"] is not None and not given["smoothquant"]:
-        raise ArgumentError(
-            "--alpha is the strength of SmoothQuant, which was not asked for",
-            "add --smoothquant, with the format smoothquant",
-        )
-    stray = next(
-        (
-            key
-            for key in (_ONLY_GGUF if smooth else _ONLY_SMOOTHQUANT)
-            if given[key] is not None and given[key] is not False
-        ),
-        None,
-    )
-    if stray and smooth: raise ArgumentError(f"{written(stray)} is for the format gguf", f"leave out {written(stray)}")
-    if stray:
-        raise ArgumentError(
-            f"{written(stray)} does not go with the format {given['format']}",
-            "write: quantize MODEL smoothquant --smoothquant",
-        )
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-profile-typer-option-help
+_PROFILE = typer.Option(help=(
+    "of -q dynamic: attention-high, balanced, compression-max, or a .dqprofile file; default balanced"))
+_BPW = typer.Option(help="of -q dynamic: bits of the whole file per weight, instead of the profile's size")
+_SIZE = typer.Option(help="of -q dynamic: size of the file in GB (1e9 bytes): 3.0; or 500M")
+_PROTECT = typer.Option("--protect-super-weights", help="keep the few weights that carry the model, at the same size")
+_COVERAGE = typer.Option(help="share of the weights that count more in protected blocks")
+_FEEDBACK = typer.Option("--error-feedback", help=(
+    "errors make up for each other: 15 to 40 % less KL divergence than llama-quantize at the same size and below "
+    "five bits, in minutes instead of seconds"))
+_EFFORT = typer.Option(metavar="quick|default|thorough", help=(
+    "how much error feedback reads (64 windows; quick 32, thorough 512: for a GPU) and -q dynamic measures"))
+_KEPT = typer.Option(help="where finished layers are kept meanwhile; default ./.checkpoint")
+_NOTHING_KEPT = typer.Option("--no-checkpoints", help="keep none")
+_RESUME = typer.Option(help="such a directory, to go on from")
 
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-some
-def _some(given: dict, names: str) -> dict:
-    return {name: given[name] for name in names.split()}
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-smooth-typer-option-smoothqu
+_SMOOTH = typer.Option("--smoothquant", help=(
+    "of format smoothquant: move outliers of activations into the weights"))
+_ALPHA = typer.Option(metavar="F|auto", help=(
+    "of --smoothquant: strength, 0 to 1; auto: searched for each layer; none. Default 0.5"))
+_STATIC = typer.Option("--static-activations", help=(
+    "of format smoothquant: one scale for all tokens, not one for each"))
+_REPORT = typer.Option("--quality-report", help=(
+    "measure what was lost, on 32 windows of held-out text; "
+    "exit 11 above LLM_QUANTIZE_QUALITY_THRESHOLD % of perplexity (20)"))
+_SPEECH = typer.Option("--coherence-check", help=(
+    "let it speak; exit 12 below LLM_QUANTIZE_COHERENCE_THRESHOLD (0.5)"))
+_PROMPTS = typer.Option(help="more prompts for the coherence check: one a line, or .json")
 
-def _library_options(given: dict) -> dict:
-    "The options of the verb as `llm_quantize.gguf.pipeline.quantize` has them."
-    kept = (
-        None
-        if given["no_checkpoints"]
-        else given["checkpoint_dir"] or os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint"
-    )
-    options = _some(given, "output_dir output_name calibration_data calibration_samples error_feedback resume") | {
-        "checkpoint_dir": kept
-    }
-    if given["max_shard_size"]: options["max_shard_size"] = parse_size(given["max_shard_size"])
-    if given["format"] == "smoothquant":
-        return options | {"alpha": given["alpha"] or 0.5, "static_activations": given["static_activations"]}
-    return (
-        options
-        | _some(given, "imatrix search profile effort protect_super_weights protection_coverage force pre")
-        | {
-            "target": target_of(given["target_bpw"], given["target_size"]),
-            "sensitivity": costs_beside(given["imatrix"]),
-        }
-    )
+# %% ../../nbs/cli/03_quantize.ipynb #quantize-show
+def _show(result) -> None:
+    "A plan, an int8 directory or a GGUF, for a person."
+    kind = type(result).__name__
+    {"FilePlan": _show_plan, "SmoothQuantResult": _show_smoothed}.get(kind, _show_quantized)(result)
 
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-dry-run
-def _dry_run(given: dict) -> None: # `given`: the options of the verb
-    from llm_quantize.gguf.plan import plan_gguf
-    from llm_quantize.gguf.pipeline import _check_options
-    from llm_quantize.api import load_importance
-    target = target_of(given["target_bpw"], given["target_size"])
-    _check_options(
-        *(
-            given[name]
-            for name in "format quant_level search effort calibration_samples error_feedback resume profile".split()
-        ),
-        target,
-    )
-    imatrix = load_importance(given["imatrix"])
-    if given["protect_super_weights"]:
-        logging.getLogger("llm_quantize").info(
-            "the plan as it is before super weights are protected, which exchanges types at the same size"
-        )
-    if given["quant_level"].lower() == "dynamic":
-        job = planned(
-            given["model"],
-            given["profile"],
-            target=target,
-            imatrix=imatrix,
-            sensitivity=costs_beside(given["imatrix"]),
-            **_some(given, "effort calibration_data calibration_samples pre"),
-        )
-    else: job = plan_gguf(given["model"], given["quant_level"], imatrix=imatrix, **_some(given, "pre force"))
-    output.show(job, _show_plan)
-
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-model-annotated-str-typer-ar
-_MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint directory or Hub id")]
-_FORMAT = Annotated[
-    str,
-    typer.Argument(
-        metavar="FORMAT", help="gguf, or smoothquant: a directory with 8-bit weights and activations for vLLM"
-    ),
-]
-_LEVEL = Annotated[
-    str,
-    typer.Option(
-        "-q",
-        "--quant-level",
-        help="a GGUF type or mix: Q8_0, Q6_K, Q4_K_M, Q3_K_M, IQ2_XXS, TERNARY ...; or dynamic: by measurement",
-    ),
-]
-_DIR = Annotated[Path, typer.Option("-o", "--output-dir", help="where to write")]
-_NAME = Annotated[Optional[str], typer.Option("-n", "--output-name", help="file name; default NAME-LEVEL.gguf")]
-_IMATRIX = Annotated[
-    Optional[Path],
-    typer.Option(
-        help="importance matrix: a GGUF or .dat file of llama-imatrix; computed where a type needs one and none is given"
-    ),
-]
-_TEXT = Annotated[
-    Optional[str],
-    typer.Option(
-        help="text to compute it from: .txt, .json, .jsonl, a directory of such, or wikitext; default: the bundled one"
-    ),
-]
-_WINDOWS = Annotated[int, typer.Option(min=1, help="windows of 512 tokens of that text, at most")]
-_SEARCH = Annotated[
-    str, typer.Option(help="how hard the encoders look; reference does as llama.cpp", metavar="fast|best|reference")
-]
-_PROFILE = Annotated[
-    Optional[str],
-    typer.Option(
-        help="of -q dynamic: attention-high, balanced, compression-max, or a .dqprofile file; default balanced"
-    ),
-]
-_BPW = Annotated[
-    Optional[float],
-    typer.Option(help="of -q dynamic: bits of the whole file per weight, instead of the profile's size"),
-]
-_SIZE = Annotated[Optional[str], typer.Option(help="of -q dynamic: size of the file in GB (1e9 bytes): 3.0; or 500M")]
-_PROTECT = Annotated[
-    bool, typer.Option("--protect-super-weights", help="keep the few weights that carry the model, at the same size")
-]
-_COVERAGE = Annotated[float, typer.Option(help="share of the weights that count more in protected blocks")]
-_FEEDBACK = Annotated[
-    bool,
-    typer.Option(
-        "--error-feedback",
-        help="errors make up for each other: 20 to 40 % less KL divergence than llama-quantize at the same size, in minutes instead of seconds",
-    ),
-]
-_EFFORT = Annotated[
-    str,
-    typer.Option(
-        help="how much error feedback reads (64 windows; quick 32, thorough 512: for a GPU) and -q dynamic measures",
-        metavar="quick|default|thorough",
-    ),
-]
-_KEPT = Annotated[Optional[Path], typer.Option(help="where finished layers are kept meanwhile; default ./.checkpoint")]
-_NOTHING_KEPT = Annotated[bool, typer.Option("--no-checkpoints", help="keep none")]
-_RESUME = Annotated[Optional[Path], typer.Option(help="such a directory, to go on from")]
-_FORCE = Annotated[bool, typer.Option("--force", help="write a ternary type even if the model is not ternary")]
-_PRE = Annotated[Optional[str], typer.Option(help="name of the pre-tokenizer, where it is not recognised")]
-_SHARD = Annotated[Optional[str], typer.Option(help="split the output into files no larger than this: 2G, 500M")]
-_SMOOTH = Annotated[
-    bool, typer.Option("--smoothquant", help="of format smoothquant: move outliers of activations into the weights")
-]
-_ALPHA = Annotated[
-    Optional[str],
-    typer.Option(
-        help="of --smoothquant: strength, 0 to 1; auto: searched for each layer; none. Default 0.5", metavar="F|auto"
-    ),
-]
-_STATIC = Annotated[
-    bool, typer.Option("--static-activations", help="of format smoothquant: one scale for all tokens, not one for each")
-]
-_REPORT = Annotated[
-    bool,
-    typer.Option(
-        "--quality-report",
-        help="measure what was lost, on 32 windows of held-out text; exit 11 above LLM_QUANTIZE_QUALITY_THRESHOLD % of perplexity (20)",
-    ),
-]
-_SPEECH = Annotated[
-    bool, typer.Option("--coherence-check", help="let it speak; exit 12 below LLM_QUANTIZE_COHERENCE_THRESHOLD (0.5)")
-]
-_PROMPTS = Annotated[Optional[Path], typer.Option(help="more prompts for the coherence check: one a line, or .json")]
-_DRY = Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")]
-
-# %% ../../nbs/cli/03_quantize.ipynb #quantize-quantize-verb-2
 def quantize_verb(
-    model: _MODEL,
-    format: _FORMAT,
-    quant_level: _LEVEL = "Q4_K_M",
-    output_dir: _DIR = Path("."),
-    output_name: _NAME = None,
-    imatrix: _IMATRIX = None,
-    calibration_data: _TEXT = None,
-    calibration_samples: _WINDOWS = 256,
-    search: _SEARCH = "fast",
-    profile: _PROFILE = None,
-    target_bpw: _BPW = None,
-    target_size: _SIZE = None,
-    protect_super_weights: _PROTECT = False,
-    protection_coverage: _COVERAGE = 0.0001,
-    error_feedback: _FEEDBACK = False,
-    effort: _EFFORT = "default",
-    checkpoint_dir: _KEPT = None,
-    no_checkpoints: _NOTHING_KEPT = False,
-    resume: _RESUME = None,
-    force: _FORCE = False,
-    pre: _PRE = None,
-    max_shard_size: _SHARD = None,
-    smoothquant: _SMOOTH = False,
-    alpha: _ALPHA = None,
-    static_activations: _STATIC = False,
-    quality_report: _REPORT = False,
-    coherence_check: _SPEECH = False,
-    prompts: _PROMPTS = None,
-    dry_run: _DRY = False,
+    model: Annotated[str, _MODEL],
+    format: Annotated[str, _FORMAT] = "gguf",
+    quant_level: Annotated[str | None, _LEVEL] = None,
+    output_dir: Annotated[Path, _DIR] = Path("."),
+    output_name: Annotated[str | None, _NAME] = None,
+    imatrix: Annotated[Path | None, _IMATRIX] = None,
+    calibration_data: Annotated[str | None, _TEXT] = None,
+    calibration_samples: Annotated[int, _WINDOWS] = 256,
+    search: Annotated[str, _SEARCH] = "fast",
+    profile: Annotated[str | None, _PROFILE] = None,
+    target_bpw: Annotated[float | None, _BPW] = None,
+    target_size: Annotated[str | None, _SIZE] = None,
+    protect_super_weights: Annotated[bool, _PROTECT] = False,
+    protection_coverage: Annotated[float, _COVERAGE] = 0.0001,
+    error_feedback: Annotated[bool, _FEEDBACK] = False,
+    effort: Annotated[str, _EFFORT] = "default",
+    checkpoint_dir: Annotated[Path | None, _KEPT] = None,
+    no_checkpoints: Annotated[bool, _NOTHING_KEPT] = False,
+    resume: Annotated[Path | None, _RESUME] = None,
+    force: Annotated[bool, _FORCE] = False,
+    pre: Annotated[str | None, _PRE] = None,
+    max_shard_size: Annotated[str | None, _SHARD] = None,
+    smoothquant: Annotated[bool, _SMOOTH] = False,
+    alpha: Annotated[str | None, _ALPHA] = None,
+    static_activations: Annotated[bool, _STATIC] = False,
+    quality_report: Annotated[bool, _REPORT] = False,
+    coherence_check: Annotated[bool, _SPEECH] = False,
+    prompts: Annotated[Path | None, _PROMPTS] = None,
+    dry_run: Annotated[bool, _DRY] = False,
+    device: DEVICE = None,
 ):
     "Quantize a model to a file that llama.cpp loads, or to a directory that vLLM loads."
-    given = dict(locals())
-    _check_together(given)
-    from llm_quantize.gguf.pipeline import check_search
+    options = dict(locals())
     from llm_quantize.api import quantize
-    given["search"] = check_search(search)
-    options, checks = _library_options(given), None
-    if dry_run: return _dry_run(given)
-    if quality_report or coherence_check or prompts:
-        from llm_quantize.acceptance import judge, prepare
-        checks = prepare(quality_report, coherence_check, prompts)
-    with progress_bar("quantizing") as progress:
-        result = quantize(model, format, quant_level, progress=progress, **options)
-    if checks is not None: result = judge(result, model, checks, options=options)
-    output.show(result, _show_smoothed if format == "smoothquant" else _show_quantized)
+    with progress_bar("planning" if dry_run else "quantizing") as progress:
+        result = quantize(**options, progress=progress)
+    output.show(result, _show)

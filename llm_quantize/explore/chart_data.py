@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from ..display import new_figure
 from ..errors import ArgumentError, LLMQuantizeError
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-rounded
@@ -23,84 +24,51 @@ def rounded(value):
     if isinstance(value, float): return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
 
-# %% ../../nbs/explore/01_chart_data.ipynb #chart_data-colors
-COLORS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#8c8c8c",
-    "#b8a500",
-)  # Okabe and Ito; black as grey, yellow darker, for light and dark pages
-MARKERS = "os^Dv"                                                                                 # of matplotlib
+# %% ../../nbs/explore/01_chart_data.ipynb #chart_data-okabe-and-ito-their-black-as
+# Okabe and Ito; their black as a grey and their yellow darker, so that both show on light and on dark pages.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#b8a500")
+MARKERS = "os^Dv"  # of matplotlib
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-chart-series
 def chart_series(name: str, x, y,             # numbers, of the same length
-                 color: int = 0,
+                 color: int = 0,              # a place in `COLORS`
                  *, line: bool = True,        # join the points?
                  marker: bool = False,        # mark them?
                  dash: bool = False,
-                 labels: list | None = None # a text beside each point
+                 labels: list | None = None   # a text beside each point
                 ) -> dict:
     "One line, or one set of points, of a chart."
-    return {
-        "name": name,
-        "x": rounded(x),
-        "y": rounded(y),
-        "color": color,
-        "line": line,
-        "marker": marker,
-        "dash": dash,
-        "labels": labels,
-    }
+    return dict(name=name, x=rounded(x), y=rounded(y), color=color, line=line, marker=marker, dash=dash, labels=labels)
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-chart-frame
-def chart_frame(series: list,          # from `chart_series`
+def chart_frame(series: list,              # from `chart_series`
                 xlabel: str, ylabel: str,
-                *, log: str = "",      # axes that are logarithmic: "", "x", "y" or "xy"
+                *, log: str = "",          # axes that are logarithmic: "", "x", "y" or "xy"
                 ticks: list | None = None, # texts at x = 0, 1, 2, ... instead of numbers
-                alt: str = ""          # what it shows, in words
+                alt: str = ""              # what it shows, in words
                ) -> dict:
     "Lines and points over two axes."
-    return {
-        "kind": "chart",
-        "series": series,
-        "xlabel": xlabel,
-        "ylabel": ylabel,
-        "log": log,
-        "ticks": ticks,
-        "alt": alt,
-    }
+    return dict(kind="chart", series=series, xlabel=xlabel, ylabel=ylabel, log=log, ticks=ticks, alt=alt)
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-heat-grid
 def heat_grid(name: str,
               values,                      # (rows, columns); None or NaN: an empty cell
               *, marks: tuple = (),        # (row, column, text) of cells to mark
-              texts: list | None = None  # what to write into the cells
+              texts: list | None = None    # what to write into the cells
              ) -> dict:
     "One grid of a heat map."
-    return {"name": name, "values": rounded(values), "marks": [list(m) for m in marks], "texts": texts}
+    return dict(name=name, values=rounded(values), marks=[list(m) for m in marks], texts=texts)
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-heat-frame
 def heat_frame(rows: list, grids: list,    # names of the rows; from `heat_grid`
                label: str,                 # what the colours mean
                *, xlabel: str = "block",
                follows: tuple = (),        # names of the controls that choose row and column
-               alt: str = ""
+               alt: str = ""               # what it shows, in words
               ) -> dict:
     "Grids of coloured cells."
-    return {
-        "kind": "heat",
-        "rows": list(rows),
-        "grids": grids,
-        "label": label,
-        "xlabel": xlabel,
-        "follows": list(follows),
-        "chosen": None,
-        "alt": alt,
-    }
+    return dict(kind="heat", rows=list(rows), grids=grids, label=label, xlabel=xlabel, follows=list(follows),
+                chosen=None, alt=alt)
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-html-frame
 def html_frame(text: str # HTML; what came from outside must have been escaped
@@ -119,10 +87,10 @@ def merge_frames(frames: list) -> dict:
     if not frames: return note_frame("Nothing is chosen.")
     drawn = [f for f in frames if f["kind"] != "html"]
     if not drawn: return html_frame("".join(f["html"] for f in frames))
-    alt = "; ".join(dict.fromkeys(f["alt"] for f in drawn if f["alt"]))
-    if drawn[0]["kind"] == "chart":
-        return {**drawn[0], "series": list({s["name"]: s for f in drawn for s in f["series"]}.values()), "alt": alt}
-    return {**drawn[0], "grids": [grid for f in drawn for grid in f["grids"]], "alt": alt}
+    merged = drawn[0] | {"alt": "; ".join(dict.fromkeys(f["alt"] for f in drawn if f["alt"]))}
+    if merged["kind"] == "heat": return merged | {"grids": [grid for f in drawn for grid in f["grids"]]}
+    by_name = {s["name"]: s for f in drawn for s in f["series"]}
+    return merged | {"series": list(by_name.values())}
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-need-extra
 def need_extra(module: str): # "matplotlib", "ipywidgets"
@@ -134,57 +102,52 @@ def need_extra(module: str): # "matplotlib", "ipywidgets"
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-place
 def _place(figure, left: float, right: float, bottom: float, top: float): # inches from the edges -> axes
-    "Axes at a place that is known: finding one by drawing twice is what makes a figure slow."
+    "Axes at a known place: matplotlib finds one by drawing twice, which is slow."
     width, height = figure.get_size_inches()
-    return figure.add_axes(
-        (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
-    )
+    across, up = (width - left - right) / width, (height - bottom - top) / height
+    return figure.add_axes((left / width, bottom / height, across, up))
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-numbers-2
 def _numbers(values: list) -> np.ndarray: return np.array([math.nan if v is None else v for v in values], dtype=float)
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-logarithmic
-def _logarithmic(
-    axis, name: str, values: list
-) -> None:  # axes of matplotlib; "x" or "y"; what is drawn along it and positive
-    "Make an axis logarithmic, with numbers one can read: from two powers of ten on only those; without values there is nothing to scale."
+def _logarithmic(axis, name: str, values: list) -> None:  # axes of matplotlib; "x" or "y"; what is drawn along it
+    "Make an axis logarithmic, with numbers that can be read. Without a positive value it stays as it is."
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-    if not values: return
+    positive = [value for value in values if value is not None and value > 0]
+    if not positive: return
     axis.set(**{f"{name}scale": "log"})
     one = getattr(axis, f"{name}axis")
-    if max(values) < 100 * min(values): one.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    if max(positive) < 100 * min(positive): one.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     one.set_minor_locator(NullLocator())
     one.set_major_formatter(StrMethodFormatter("{x:g}"))
 
+# %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-series
+def _draw_series(axis, s: dict) -> None:
+    "Draw one series on axes of matplotlib."
+    x, y = _numbers(s["x"]), _numbers(s["y"])
+    color, marker = COLORS[s["color"] % len(COLORS)], MARKERS[s["color"] % len(MARKERS)]
+    style = "" if not s["line"] else "--" if s["dash"] else "-"
+    axis.plot(x, y, color=color, linestyle=style, linewidth=1.1, marker=marker if s["marker"] else "", markersize=5,
+              label=s["name"])
+    for across, up, text in zip(x, y, s["labels"] or ()):
+        axis.annotate(text, (across, up), xytext=(6, 4), textcoords="offset points", fontsize=8)
+
+# %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-chart
 def _draw_chart(frame: dict, width: float):
-    from llm_quantize.quality.plots import _Picture, _plain
-    figure = _Picture(figsize=(width, 2.8))
+    figure, series = new_figure(width, 2.8, layout=None), frame["series"]
     axis = _place(figure, 0.75, 0.1, 0.5, 0.15)
-    for s in frame["series"]:
-        x, y = _numbers(s["x"]), _numbers(s["y"])
-        axis.plot(
-            x,
-            y,
-            color=COLORS[s["color"] % len(COLORS)],
-            linestyle=("--" if s["dash"] else "-") if s["line"] else "",
-            linewidth=1.1,
-            marker=MARKERS[s["color"] % len(MARKERS)] if s["marker"] else "",
-            markersize=5,
-            label=s["name"],
-        )
-        for at, to, text in zip(x, y, s["labels"] or ()):
-            axis.annotate(text, (at, to), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for s in series: _draw_series(axis, s)
     axis.set(xlabel=frame["xlabel"], ylabel=frame["ylabel"])
-    for name in frame["log"]: _logarithmic(axis, name, [v for s in frame["series"] for v in s[name] if (v or 0) > 0])
+    for name in frame["log"]: _logarithmic(axis, name, [value for s in series for value in s[name]])
     axis.tick_params(labelsize=8)
     if frame["ticks"]: axis.set_xticks(range(len(frame["ticks"])), frame["ticks"])
-    if any(s["labels"] for s in frame["series"]): axis.margins(x=0.12, y=0.1)
-    if len(frame["series"]) > 1:
-        axis.legend(
-            fontsize=8, frameon=False, loc="best" if sum(len(s["x"]) for s in frame["series"]) < 200 else "upper right"
-        )
+    if any(s["labels"] for s in series): axis.margins(x=0.12, y=0.1)
+    if len(series) > 1:
+        few = sum(len(s["x"]) for s in series) < 200
+        axis.legend(fontsize=8, frameon=False, loc="best" if few else "upper right")
     axis.grid(alpha=0.25)
-    _plain(axis)
+    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-label-cells
@@ -202,64 +165,57 @@ def _label_cells(axis, grid: dict, array: np.ndarray, frame: dict, first: bool) 
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-write-cells
 def _write_cells(axis, grid: dict, array: np.ndarray, middle: float) -> None:
+    "Write the texts of a grid into its cells, if there is room."
     if not grid["texts"] or array.shape[1] > 14: return
     for row, texts in enumerate(grid["texts"]):
         for column, text in enumerate(texts):
-            axis.text(
-                column + 0.5,
-                row + 0.5,
-                text or "",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="#1a1a1a" if array[row, column] > middle else "white",
-            )
+            ink = "#1a1a1a" if array[row, column] > middle else "white"
+            axis.text(column + 0.5, row + 0.5, text or "", ha="center", va="center", fontsize=7, color=ink)
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-outline
 def _outline(row: int, column: int):
+    "The frame of one cell, for matplotlib."
     from matplotlib.patches import Rectangle
     return Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor="#d55e00", linewidth=2.5)
 
-# %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-heat
+# %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-grid
+def _draw_grid(axis, grid: dict, frame: dict, array: np.ndarray, low: float, high: float, first: bool):
+    "Draw one grid; returns the image, for the scale of colours."
+    cells = np.ma.masked_invalid(array)
+    image = axis.pcolormesh(cells, vmin=low, vmax=high, cmap="viridis", linewidth=0.2, edgecolor="face")
+    _label_cells(axis, grid, array, frame, first)
+    _write_cells(axis, grid, array, (low + high) / 2)
+    if frame["chosen"]: axis.add_patch(_outline(*frame["chosen"]))
+    return image
+
 def _draw_heat(frame: dict, width: float):
-    from llm_quantize.quality.plots import _Picture
-    grids, rows = frame["grids"], frame["rows"]
-    across, each = min(len(grids), 2), 0.75 + 0.26 * len(rows)
-    down = -(-len(grids) // across)
-    figure, step = _Picture(figsize=(width, each * down)), (width - 2.0) / across
+    grids = frame["grids"]
+    across, height = min(len(grids), 2), 0.75 + 0.26 * len(frame["rows"])  # grids side by side; inches of one
+    down, step = -(-len(grids) // across), (width - 2.0) / across
+    figure = new_figure(width, height * down, layout=None)
     arrays = [np.array([_numbers(row) for row in grid["values"]]) for grid in grids]
     known = np.concatenate([a[np.isfinite(a)] for a in arrays])
     low, high = (known.min(), known.max()) if known.size else (0, 1)
     for i, (grid, array) in enumerate(zip(grids, arrays)):
         row, column = divmod(i, across)
-        axis = _place(
-            figure,
-            1.05 + column * step,
-            width - 0.9 - (column + 1) * step,
-            each * (down - 1 - row) + 0.45,
-            each * row + 0.28,
-        )
-        image = axis.pcolormesh(
-            np.ma.masked_invalid(array), vmin=low, vmax=high, cmap="viridis", linewidth=0.2, edgecolor="face"
-        )
-        _label_cells(axis, grid, array, frame, column == 0)
-        _write_cells(axis, grid, array, (low + high) / 2)
-        if frame["chosen"]: axis.add_patch(_outline(*frame["chosen"]))
+        left, right = 1.05 + column * step, width - 0.9 - (column + 1) * step
+        axis = _place(figure, left, right, height * (down - 1 - row) + 0.45, height * row + 0.28)
+        image = _draw_grid(axis, grid, frame, array, low, high, column == 0)
     bar = figure.colorbar(image, cax=_place(figure, width - 0.8, 0.68, 0.45, 0.28))
     bar.set_label(frame["label"], fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return figure
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-frame
+_DRAW = {"chart": _draw_chart, "heat": _draw_heat}
+
 def draw_frame(frame: dict,
-               width: float = 7.0 # inches
+               width: float = 7.0  # inches
               ):                   # matplotlib Figure
-    "The figure of a chart or a heat map."
+    "The figure of a chart or a heat map; raises `ArgumentError` for a frame of another kind."
     need_extra("matplotlib")
-    draw = {"chart": _draw_chart, "heat": _draw_heat}.get(frame.get("kind"))
-    if draw is None:
-        raise ArgumentError(
-            f"a frame of kind {frame.get('kind')!r} is not drawn",
-            "chart and heat are; html is a piece of a page already",
-        )
-    return draw(frame, width)
+    kind = frame.get("kind")
+    if kind not in _DRAW:
+        hint = "chart and heat are; html is a piece of a page already"
+        raise ArgumentError(f"a frame of kind {kind!r} is not drawn", hint)
+    return _DRAW[kind](frame, width)

@@ -51,6 +51,11 @@ class TokenView:
         "Mean divergence, nats per token."
         return sum(t.kld for t in self.tokens) / len(self.tokens)
 
+    @property
+    def others(self) -> int:
+        "Tokens at which the two models would say different words."
+        return sum(not t.same for t in self.tokens)
+
     def to_dict(self) -> dict:
         "For JSON."
         return asdict(self)
@@ -70,12 +75,13 @@ _LIMIT = 2048 # tokens that are read at most
 def _pieces(tokenizer, text: str) -> tuple: # (tokens,) int64, their texts
     "The tokens of a text and the pieces of it that they stand for: together the text, as far as it is read."
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, places, pieces, done = list(found["input_ids"][:_LIMIT]), found["offset_mapping"][:_LIMIT], [], 0
-    for (_, end), (start, _) in zip(
-        places, [*places[1:], (len(text), 0)]
-    ):  # where a token ends, where the next one starts
-        pieces.append(text[done:end] if start >= end else "")  # a character of several tokens belongs to the last
-        if start >= end: done = max(done, end)
+    ids, places = list(found["input_ids"][:_LIMIT]), found["offset_mapping"][:_LIMIT]
+    starts = [start for start, _ in places[1:]] + [len(text)]  # where the next token begins
+    pieces, done = [], 0
+    for (_, end), next_start in zip(places, starts):
+        whole = next_start >= end  # a character of several tokens belongs to the last of them
+        pieces.append(text[done:end] if whole else "")
+        if whole: done = max(done, end)
     if adds_bos(tokenizer): ids, pieces = [tokenizer.bos_token_id, *ids], ["", *pieces]
     if len(ids) < 2:
         raise ArgumentError(f"a text of {len(ids)} tokens leaves nothing to predict", "give a sentence or more")
@@ -90,47 +96,40 @@ def _after(tokenizer, before: int, token: int) -> str:
 # %% ../../nbs/explore/03_token_view.ipynb #token_view-top
 def _top(tokenizer, before: torch.Tensor, log_p: torch.Tensor, count: int) -> list: # of tuples of (text, probability)
     "The most probable tokens at each place."
-    p, which = log_p.topk(count)
-    return [
-        tuple((_after(tokenizer, b, i), q) for i, q in zip(own, values))
-        for b, own, values in zip(before.tolist(), which.tolist(), p.exp().tolist())
-    ]
+    p, which = log_p.exp().topk(count)
+    tops = []
+    for previous, tokens, shares in zip(before.tolist(), which.tolist(), p.tolist()):
+        tops.append(tuple((_after(tokenizer, previous, token), share) for token, share in zip(tokens, shares)))
+    return tops
 
 # %% ../../nbs/explore/03_token_view.ipynb #token_view-read
-_BLOCK = 64 # places whose logits are held at a time
+_PLACES = 64 # whose logits are held at a time
 
 @torch.inference_mode()
 def _read(original, quantized, tokenizer, ids: torch.Tensor, pieces: list, top: int) -> list:  # of ReadToken
-    hidden = [
-        m.base_model(input_ids=ids[None].to(m.device), use_cache=False).last_hidden_state[0, :-1]
-        for m in (original, quantized)
-    ]
+    "Each token of a text but the first, as two models see it."
+    models = (original, quantized)
+    hidden = [m.base_model(input_ids=ids[None].to(m.device), use_cache=False).last_hidden_state[0, :-1] for m in models]
     tokens = []
-    for start in range(0, len(ids) - 1, _BLOCK):
-        part, targets = slice(start, start + _BLOCK), ids[1:][start:start + _BLOCK].to(original.device)
-        a, b = (logits_of(m, h[part]).float() for m, h in zip((original, quantized), hidden))
-        if b.shape[-1] < a.shape[-1]:
-            a = a[:, : b.shape[-1]]  # a GGUF may lack the rows of the embedding that no token uses
-        scores, before = score_logits(a.clone(), b.clone(), targets), ids[:-1][part]
-        tops = [_top(tokenizer, before, x.log_softmax(-1), top) for x in (a, b)]
-        rows = zip(
-            pieces[1:][part],
-            scores.kld.tolist(),
-            (-scores.nll_original).exp().tolist(),
-            (-scores.nll).exp().tolist(),
-            *tops,
-        )
-        tokens += [ReadToken(text, max(0.0, kld), *rest) for text, kld, *rest in rows]
+    for start in range(0, len(ids) - 1, _PLACES):
+        part = slice(start, start + _PLACES)
+        a, b = (logits_of(m, h[part]).float() for m, h in zip(models, hidden))
+        a = a[:, :b.shape[-1]]  # a GGUF may lack the rows of the embedding that no token uses
+        scores = score_logits(a.clone(), b.clone(), ids[1:][part].to(original.device))
+        p_original, p = ((-nll).exp().tolist() for nll in (scores.nll_original, scores.nll))
+        tops = [_top(tokenizer, ids[:-1][part], x.log_softmax(-1), top) for x in (a, b)]
+        for text, kld, *rest in zip(pieces[1:][part], scores.kld.tolist(), p_original, p, *tops):
+            tokens.append(ReadToken(text, max(0.0, kld), *rest))
     return tokens
 
 # %% ../../nbs/explore/03_token_view.ipynb #token_view-view-tokens
 def view_tokens(original: str | Path | Checkpoint,  # directory, Hub id or opened checkpoint
                 quantized: list | str | Path,       # GGUF file or directory made from it, or several
                 text: str | None = None,            # default: the beginning of the bundled held-out text
-                *, top: int = 3,                      # most probable tokens to keep at each place
-                device: str | None = None
-               ) -> tuple:                            # of TokenViews
-    "Read a text with a model and its quantizations."
+                *, top: int = 3,                    # most probable tokens to keep at each place
+                device: str | None = None           # default: CUDA if there is one
+               ) -> tuple:                          # of TokenViews
+    "Read a text with a model and its quantizations; at most 2,048 tokens. Raises `ArgumentError` for an empty text."
     paths = list(quantized) if isinstance(quantized, (list, tuple)) else [quantized]
     checkpoint = plain_weights(open_checkpoint(original))
     models = [open_quantized(checkpoint, path) for path in paths]
@@ -150,33 +149,45 @@ def _strength(kld: float) -> float: # 0 to 1
 def _shown(text: str) -> str: return html.escape(text.replace("\n", "⏎\n")) or "·"
 
 def _said(who: str, top: tuple) -> str:
-    return f"{who}: " + ", ".join(f"“{html.escape(text.replace(chr(10), '⏎'))}” {100 * p:.1f} %" for text, p in top)
+    "The most probable tokens of a model, in words."
+    words = [f"“{html.escape(text.replace(chr(10), '⏎'))}” {100 * p:.1f} %" for text, p in top]
+    return f"{who}: {', '.join(words)}"
 
-# %% ../../nbs/explore/03_token_view.ipynb #token_view-token-html
+# %% ../../nbs/explore/03_token_view.ipynb #token_view-token
 _STYLE = """<style>
 .lq-tokens { position: relative; padding-top: 6.6rem; line-height: 1.9; max-width: 46rem }
-.lq-tokens .t { cursor: help; border-radius: .15rem; padding: .1rem 0; white-space: pre-wrap } .lq-tokens .d { text-decoration: underline 2px; text-underline-offset: 4px }
-.lq-tokens .tip, .lq-tokens .rest { position: absolute; left: 0; right: 0; top: 0; height: 6.2rem; box-sizing: border-box; padding: .4rem .7rem }
-.lq-tokens .tip, .lq-tokens .rest { border: 1px solid #8888; border-radius: .3rem; line-height: 1.35; font-size: .85rem; overflow: hidden }
-.lq-tokens .rest { border-style: dashed; opacity: .8 } .lq-tokens .tip { display: none; white-space: pre-wrap; background: Canvas; color: CanvasText }
-.lq-tokens .t:hover .tip, .lq-tokens .t:focus .tip { display: block } .lq-tokens .t:hover .tip { z-index: 2 }
+.lq-tokens .t { cursor: help; border-radius: .15rem; padding: .1rem 0; white-space: pre-wrap }
+.lq-tokens .d { text-decoration: underline 2px; text-underline-offset: 4px }
+.lq-tokens .tip, .lq-tokens .rest {
+  position: absolute; left: 0; right: 0; top: 0; height: 6.2rem; box-sizing: border-box; padding: .4rem .7rem;
+  border: 1px solid #8888; border-radius: .3rem; line-height: 1.35; font-size: .85rem; overflow: hidden }
+.lq-tokens .rest { border-style: dashed; opacity: .8 }
+.lq-tokens .tip { display: none; white-space: pre-wrap; background: Canvas; color: CanvasText }
+.lq-tokens .t:hover .tip, .lq-tokens .t:focus .tip { display: block }
+.lq-tokens .t:hover .tip { z-index: 2 }
 </style>"""
+
+def _token(t: ReadToken) -> str:
+    "One token: its colour, and what shows when one points at it."
+    change = f"its probability {100 * t.p_original:.1f} % → {100 * t.p:.1f} %"
+    first = f"“{_shown(t.text)}”: {t.kld:.4f} nats apart; {change}"
+    tip = "\n".join([first, _said("original", t.top_original), _said("quantized", t.top)])
+    css, color = "t" if t.same else "t d", f"rgba(213,94,0,{0.75 * _strength(t.kld):.2f})"
+    tip = f'<span class="tip" role="tooltip">{tip}</span>'
+    return f'<span class="{css}" tabindex="0" style="background: {color}">{_shown(t.text)}{tip}</span>'
 
 def token_html(view: TokenView) -> str: # HTML
     "A text coloured by divergence, with what each model would have said."
-    parts = []
-    for t in view.tokens:
-        tip = f"“{_shown(t.text)}”: {t.kld:.4f} nats apart; its probability {100 * t.p_original:.1f} % → {100 * t.p:.1f} %\n{_said('original', t.top_original)}\n{_said('quantized', t.top)}"
-        look = f'class="t{"" if t.same else " d"}" tabindex="0" style="background: rgba(213,94,0,{0.75 * _strength(t.kld):.2f})"'
-        parts.append(f'<span {look}>{_shown(t.text)}<span class="tip" role="tooltip">{tip}</span></span>')
-    other = sum(not t.same for t in view.tokens)
     rest = (
-        f"<b>{html.escape(view.model)}</b>: {len(view.tokens)} tokens, {view.kld:.4f} nats each. Darker: further apart. Underlined: they would say different words, at {other} of them. "
+        f"<b>{html.escape(view.model)}</b>: {len(view.tokens)} tokens, {view.kld:.4f} nats each. "
+        f"Darker: further apart. Underlined: they would say different words, at {view.others} of them. "
         "Point at a token, or reach it with Tab, to see what each model would say."
     )
-    return f'{_STYLE}<div class="lq-tokens" role="group" aria-label="text coloured by divergence"><div class="rest">{rest}</div>{html.escape(view.first)}{"".join(parts)}</div>'
+    text = html.escape(view.first) + "".join(map(_token, view.tokens))
+    box = '<div class="lq-tokens" role="group" aria-label="text coloured by divergence">'
+    return f'{_STYLE}{box}<div class="rest">{rest}</div>{text}</div>'
 
 # %% ../../nbs/explore/03_token_view.ipynb #token_view-token-frame
-def token_frame(view: TokenView) -> dict: # see `frames`
+def token_frame(view: TokenView) -> dict: # as `chart_data.html_frame` makes it
     "The same for an explorer."
     return html_frame(token_html(view))

@@ -24,7 +24,7 @@ from ..gguf.allocation import Choice, apply_rules, reachable
 from ..gguf.plan import plan_gguf
 from ..gguf.profiles import PRESETS, Profile, Target
 from ..gguf.resolution import choose_types
-from ..quality.evaluate import _SHARES, Comparison, QualityReport
+from ..quality.evaluate import SHARES, Comparison, QualityReport
 from ..quality.html import html_table
 from ..quants.qtypes import qtype
 
@@ -32,76 +32,61 @@ from ..quants.qtypes import qtype
 _POINTS = 160 # of a curve: more than that no screen of a page shows
 
 def _places(names) -> tuple: # kinds in the order of the flow, number of blocks
+    "The kinds of tensors and the number of blocks; raises `ArgumentError` if no name is of a block."
     parts = [name.split(".") for name in names if name.startswith("blk.")]
     if not parts: raise ArgumentError("there is no tensor of a block to show", "give the result of a whole model")
-    kinds = sorted({p[2] for p in parts}, key=flow)
-    return kinds, 1 + max(int(p[1]) for p in parts)
+    kinds = sorted({kind for _, _, kind, *_ in parts}, key=flow)
+    return kinds, 1 + max(int(block) for _, block, *_ in parts)
 
-def _grid(kinds: list, blocks: int, value) -> list: # value(block, kind) -> number, text or None
-    return [[value(block, kind) for block in range(blocks)] for kind in kinds]
+def _grid(kinds: list, blocks: int, value) -> list: # value(name of a tensor) -> number, text or None
+    return [[value(f"blk.{block}.{kind}.weight") for block in range(blocks)] for kind in kinds]
 
 def _log(value: float | None) -> float | None: return math.log10(value) if value else None
 
-def _folded(values: np.ndarray) -> tuple: # places, values
-    "At most so many points of a long row, each the largest of its stretch: no spike is lost."
+def _thinned(values: np.ndarray) -> tuple: # places, values
+    "At most so many points of a long row, each the largest of its neighbours: no spike is lost."
     edges = np.linspace(0, len(values), min(len(values), _POINTS) + 1).astype(int)
     places = [a + int(values[a:b].argmax()) for a, b in zip(edges, edges[1:])]
     return places, values[places]
 
 def _channels(matrix: ImportanceMatrix, name: str) -> np.ndarray | None: # (channels,), of experts the mean
-    found = matrix.importance(name)
-    return None if found is None else np.atleast_2d(found.double().numpy()).mean(0)
+    own = matrix.importance(name)
+    return None if own is None else np.atleast_2d(own.double().numpy()).mean(0)
 
 # %% ../../nbs/explore/04_views.ipynb #views-importance-map
 def _importance_map(rows: dict, title: str, kinds: list, blocks: int, weights: tuple):  # rows: name -> TensorStatistics
-    marks = [
-        (kinds.index(w.tensor.split(".")[2]), w.layer, f"super weight in row {w.row}, column {w.col}")
-        for w in weights
-        if w.tensor.split(".")[2] in kinds
-    ]
+    marks = []
+    for w in weights:
+        kind = w.tensor.split(".")[2]
+        if kind in kinds: marks.append((kinds.index(kind), w.layer, f"super weight in row {w.row}, column {w.col}"))
+
     def frame(field: str) -> dict:
         words, log = STATISTICS[field]
-        def value(block, kind):
-            found = rows.get(f"blk.{block}.{kind}.weight")
-            known = getattr(found, field) if found is not None and found.channels else None
+        def value(name):
+            known = getattr(rows[name], field) if name in rows and rows[name].channels else None
             return _log(known) if log else known
-
-        return heat_frame(
-            kinds,
-            [heat_grid(title, _grid(kinds, blocks, value), marks=marks)],
-            words + (", log10" if log else ""),
-            alt=f"{words} by block and kind of tensor",
-        )
+        grid = heat_grid(title, _grid(kinds, blocks, value), marks=marks)
+        return heat_frame(kinds, [grid], words + (", log10" if log else ""), alt=f"{words} by block and kind of tensor")
     return frame
 
+# %% ../../nbs/explore/04_views.ipynb #views-importance-channels
 def _importance_channels(matrix: ImportanceMatrix, title: str, color: int, weights: tuple):
     def frame(block: int, kind: str) -> dict:
         name = f"blk.{block}.{kind}.weight"
         values = _channels(matrix, name)
         if values is None: return note_frame(f"{title} has no {name}.")
-        series = [chart_series(title, *_folded(values), color)]
+        series = [chart_series(title, *_thinned(values), color)]
         columns = sorted({w.col for w in weights if w.tensor == name and w.col < len(values)})
         if columns:
-            series.append(
-                chart_series(
-                    "super weights",
-                    columns,
-                    values[columns],
-                    6,
-                    line=False,
-                    marker=True,
-                    labels=[f"column {c}" for c in columns],
-                )
-            )
-        return chart_frame(
-            series,
-            "channel",
-            "mean squared input",
-            log="y",
-            alt=f"{name}, {title}: strongest channel {int(values.argmax())} with {values.max():.3g}, median {np.median(values):.3g}",
-        )
+            labels = [f"column {c}" for c in columns]
+            series.append(chart_series("super weights", columns, values[columns], 6, line=False, marker=True,
+                                       labels=labels))
+        strongest = f"strongest channel {int(values.argmax())} with {values.max():.3g}"
+        words = f"{name}, {title}: {strongest}, median {np.median(values):.3g}"
+        return chart_frame(series, "channel", "mean squared input", log="y", alt=words)
     return frame
 
+# %% ../../nbs/explore/04_views.ipynb #views-importance-sorted
 def _importance_sorted(matrix: ImportanceMatrix, title: str, color: int):
     def frame(block: int, kind: str) -> dict:
         values = _channels(matrix, f"blk.{block}.{kind}.weight")
@@ -109,81 +94,51 @@ def _importance_sorted(matrix: ImportanceMatrix, title: str, color: int):
         falling = -np.sort(-values)
         some = np.unique(np.geomspace(1, len(falling), 60).astype(int)) - 1
         share = falling[:max(1, len(falling) // 100)].sum() / max(falling.sum(), 1e-30)
-        return chart_frame(
-            [chart_series(title, 100 * (some + 1) / len(falling), falling[some], color)],
-            "strongest channels (%)",
-            "mean squared input",
-            log="xy",
-            alt=f"{title}: the strongest hundredth of the channels holds {100 * share:.0f} per cent of the sum",
-        )
+        series = chart_series(title, 100 * (some + 1) / len(falling), falling[some], color)
+        words = f"{title}: the strongest hundredth of the channels holds {100 * share:.0f} per cent of the sum"
+        return chart_frame([series], "strongest channels (%)", "mean squared input", log="xy", alt=words)
     return frame
 
 def _importance_table(rows: dict, block: int, kind: str) -> dict: # title -> {name: TensorStatistics}
     name = f"blk.{block}.{kind}.weight"
-    lines = [
-        [
-            title,
-            *("" if getattr(own[name], field) is None else f"{getattr(own[name], field):.4g}" for field in STATISTICS),
-        ]
-        for title, own in rows.items()
-        if name in own
-    ]
+    known = {title: [getattr(own[name], field) for field in STATISTICS] for title, own in rows.items() if name in own}
+    lines = [[title, *("" if v is None else f"{v:.4g}" for v in values)] for title, values in known.items()]
     return html_frame(html_table(["", *(words for words, _ in STATISTICS.values())], lines, name))
 
+# %% ../../nbs/explore/04_views.ipynb #views-explore-importance
 def explore_importance(matrix: ImportanceMatrix,
-                       other: ImportanceMatrix | None = None,    # a second one, to compare
+                       other: ImportanceMatrix | None = None,     # a second one, to compare
                        super_weights: SuperWeights | None = None, # to mark
-                       *, names: tuple = ("first", "second")       # what to call the two
+                       *, names: tuple = ("first", "second")      # what to call the two
                       ) -> Explorer:
-    "Look into an importance matrix, or into two side by side."
-    matrices, weights = (
-        dict(zip(names, [matrix] + ([other] if other is not None else []))),
-        super_weights.found if super_weights is not None else (),
-    )
+    "Look into an importance matrix, or into two side by side; raises `ArgumentError` if it has no tensor of a block."
+    matrices = {names[0]: matrix} if other is None else {names[0]: matrix, names[1]: other}
+    weights = () if super_weights is None else super_weights.found
     rows = {title: {t.name: t for t in m.statistics()} for title, m in matrices.items()}
     kinds, blocks = _places([name for own in rows.values() for name in own])
-    which = (Control("matrix", "importance matrix", tuple(matrices), kind="many"),) if other is not None else ()
-    controls = [
-        *which,
-        Control("statistic", "statistic", tuple(STATISTICS)),
-        Control("layer", "block", tuple(range(blocks)), kind="slide"),
-        Control("tensor", "tensor", tuple(kinds), kinds[-1]),
-    ]
-    def panel(name, title, make, depends, **more): # one frame for each matrix
+    several = () if other is None else (Control("matrix", "importance matrix", tuple(matrices), kind="many"),)
+    controls = [*several, Control("statistic", "statistic", tuple(STATISTICS)),
+                Control("layer", "block", tuple(range(blocks)), kind="slide"),
+                Control("tensor", "tensor", tuple(kinds), kinds[-1])]
+
+    def panel(name, title, make, depends, **more):
         frames = {who: make(who, color) for color, who in enumerate(matrices)}
-        chosen = (lambda who, *values: frames[who](*values)) if which else frames[names[0]]
-        return Panel(name, title, (*(c.name for c in which), *depends), chosen, **more)
-    hint = "A click on a cell of a page chooses its tensor." + (" A star marks a super weight." if weights else "")
+        if not several: return Panel(name, title, depends, frames[names[0]], **more)
+        return Panel(name, title, ("matrix", *depends), lambda who, *values: frames[who](*values), **more)
+
+    def chart(who, _): return _importance_map(rows[who], who, kinds, blocks, weights)
+    def in_place(who, color): return _importance_channels(matrices[who], who, color, weights)
+    def in_order(who, color): return _importance_sorted(matrices[who], who, color)
+    note = "A click on a cell of a page chooses its tensor." + (" A star marks a super weight." if weights else "")
+    tensor = ("layer", "tensor")
     panels = [
-        panel(
-            "map",
-            "Where the model is driven hard",
-            lambda who, _: _importance_map(rows[who], who, kinds, blocks, weights),
-            ("statistic",),
-            follows=("tensor", "layer"),
-            note=hint,
-        ),
-        panel(
-            "channels",
-            "Channels of the tensor, in place",
-            lambda who, color: _importance_channels(matrices[who], who, color, weights),
-            ("layer", "tensor"),
-        ),
-        panel(
-            "sorted",
-            "The same channels, strongest first",
-            lambda who, color: _importance_sorted(matrices[who], who, color),
-            ("layer", "tensor"),
-        ),
-        Panel("numbers", "In numbers", ("layer", "tensor"), lambda block, kind: _importance_table(rows, block, kind)),
-    ]
+        panel("map", "Where the model is driven hard", chart, ("statistic",), follows=("tensor", "layer"), note=note),
+        panel("channels", "Channels of the tensor, in place", in_place, tensor),
+        panel("sorted", "The same channels, strongest first", in_order, tensor),
+        Panel("numbers", "In numbers", tensor, lambda block, kind: _importance_table(rows, block, kind))]
     origin = ", ".join(matrix.datasets) or "a text without a name"
-    return Explorer(
-        "Importance",
-        controls,
-        panels,
-        f"{len(matrix.sums)} tensors, from {matrix.chunk_count} windows of {matrix.chunk_size} tokens of {origin}.",
-    )
+    lead = f"{len(matrix.sums)} tensors, from {matrix.chunk_count} windows of {matrix.chunk_size} tokens of {origin}."
+    return Explorer("Importance", controls, panels, lead)
 
 # %% ../../nbs/explore/04_views.ipynb #views-chooser
 _FREE = Profile("free", Target(3.0, "file"), "no rules and no floors", floors=False)
@@ -191,282 +146,210 @@ _FREE = Profile("free", Target(3.0, "file"), "no rules and no floors", floors=Fa
 class _Chooser:
     "Types for a size, chosen from costs that are known."
 
-    def __init__(self, found: Sensitivity, model, profiles: tuple):
-        self.choices = [Choice(t.name, t.shape, t.costs) for t in found.tensors]
-        self.weights, self.fixed = sum(c.weights for c in self.choices), 0
+    def __init__(self, measured: Sensitivity, model, profiles: tuple):
+        self.choices = [Choice(t.name, t.shape, t.costs) for t in measured.tensors]
+        self.weights, self.fixed = sum(c.weights for c in self.choices), 0  # weights; bytes that no choice changes
         if model is not None:
             job = plan_gguf(model, "Q8_0")  # its metadata and norms are those of every plan
-            self.weights, self.fixed = (
-                job.checkpoint.parameters,
-                job.file_bytes - sum(-(-t.bytes // 32) * 32 for t in job.plan if t.type != "F32"),
-            )
+            chosen = sum(-(-t.bytes // 32) * 32 for t in job.plan if t.type != "F32")
+            self.weights, self.fixed = job.checkpoint.parameters, job.file_bytes - chosen
         self.profiles, self.known = {p.name: p for p in profiles}, {}
         self.ranges = {name: reachable(self._ruled(name), self.fixed) for name in self.profiles}
 
     def _ruled(self, rules: str) -> list:
         return apply_rules(self.choices, self.profiles[rules].rules_for([c.name for c in self.choices]))
 
+    def bits(self, size: float) -> float: return 8 * size / self.weights # bytes -> bits per weight
+
     def steps(self) -> tuple: # bits per weight that some profile can reach, in quarters
-        low, high = (pick(8 * r[i] / self.weights for r in self.ranges.values()) for i, pick in ((0, min), (1, max)))
-        return tuple(round(k / 4, 2) for k in range(math.ceil(4 * low), int(4 * min(high, 8.5)) + 1)) or (
-            round(low, 2),
-        )
+        low = self.bits(min(least for least, _ in self.ranges.values()))
+        high = self.bits(max(most for _, most in self.ranges.values()))
+        quarters = range(math.ceil(4 * low), int(4 * min(high, 8.5)) + 1)
+        return tuple(round(k / 4, 2) for k in quarters) or (round(low, 2),)
 
     def __call__(self, rules: str, bpw: float): # Allocation
         if (rules, bpw) not in self.known:
             low, high = self.ranges[rules]
             target = Target(min(max(int(bpw * self.weights / 8), low), high), "bytes")
-            self.known[rules, bpw] = choose_types(
-                replace(self.profiles[rules], target=target), self.choices, self.fixed, self.weights
-            )
+            profile = replace(self.profiles[rules], target=target)
+            self.known[rules, bpw] = choose_types(profile, self.choices, self.fixed, self.weights)
         return self.known[rules, bpw]
 
     def hull(self, rules: str) -> tuple: # bits per weight, KLD: the best there is, if a tensor could be of two types
-        ruled = self._ruled(rules)
-        tables = [(np.array([c.size(t) for t in c.costs], float), np.array(list(c.costs.values()))) for c in ruled]
+        tables = [(np.array([c.size(t) for t in c.costs], float), np.array(list(c.costs.values())))
+                  for c in self._ruled(rules)]
         points = {}
-        for price in np.geomspace(1e-7, 1e2, 48) / self.weights:
+        for price in np.geomspace(1e-7, 1e2, 48) / self.weights:  # nats that a byte may cost
             picked = [int((cost + price * size).argmin()) for size, cost in tables]
-            points[self.fixed + sum(size[i] for (size, _), i in zip(tables, picked))] = sum(
-                cost[i] for (_, cost), i in zip(tables, picked)
-            )
-        return [8 * size / self.weights for size in sorted(points)], [points[size] for size in sorted(points)]
+            size = self.fixed + sum(sizes[i] for (sizes, _), i in zip(tables, picked))
+            points[size] = sum(cost[i] for (_, cost), i in zip(tables, picked))
+        sizes = sorted(points)
+        return [self.bits(size) for size in sizes], [points[size] for size in sizes]
 
 # %% ../../nbs/explore/04_views.ipynb #views-allocation-facts
 def _allocation_facts(choose: _Chooser, rules: str, bpw: float) -> dict:
-    found = choose(rules, bpw)
-    got, low, high = (8 * size / choose.weights for size in (found.bytes, *choose.ranges[rules]))
-    rest = ", ".join(
-        f"{name.removesuffix('.weight')} {type}" for name, type in found.types.items() if not name.startswith("blk.")
-    )
+    "The table of a choice."
+    chosen = choose(rules, bpw)
+    got, low, high = map(choose.bits, (chosen.bytes, *choose.ranges[rules]))
+    outside = [f"{name.removesuffix('.weight')} {t}" for name, t in chosen.types.items() if not name.startswith("blk.")]
     rows = [
-        ["Size", f"{human_size(found.bytes)}, {got:.3f} bits per weight"],
-        ["Predicted KL divergence", f"{found.cost:.4g} nats per token"],
-        ["Outside of the blocks", rest or "nothing is quantized"],
+        ["Size", f"{human_size(chosen.bytes)}, {got:.3f} bits per weight"],
+        ["Predicted KL divergence", f"{chosen.cost:.4g} nats per token"],
+        ["Outside of the blocks", ", ".join(outside) or "nothing is quantized"],
     ]
     if abs(got - bpw) > 0.02 * bpw:
         rows.append(["Nearest possible", f"these rules allow {low:.2f} to {high:.2f} bits per weight"])
     return html_frame(html_table(["", ""], rows, f"{bpw:g} bits per weight asked for, by the rules of {rules}", text=2))
 
-def _allocation_map(choose: _Chooser, kinds: list, blocks: int, losses: bool):
+# %% ../../nbs/explore/04_views.ipynb #views-allocation-types
+def _allocation_types(choose: _Chooser, kinds: list, blocks: int):
+    def frame(rules: str, bpw: float) -> dict:
+        types = choose(rules, bpw).types
+        bits = _grid(kinds, blocks, lambda name: float(qtype(types[name]).bpw) if name in types else None)
+        used = sorted(set(types.values()), key=lambda t: qtype(t).bpw)
+        words = f"types by block and kind of tensor: {', '.join(used)}"
+        return heat_frame(kinds, [heat_grid("", bits, texts=_grid(kinds, blocks, types.get))], "bits per weight",
+                          alt=words)
+    return frame
+
+def _allocation_losses(choose: _Chooser, kinds: list, blocks: int):
     costs = {c.name: c.costs for c in choose.choices}
     def frame(rules: str, bpw: float) -> dict:
         types = choose(rules, bpw).types
-        at = lambda value: _grid(
-            kinds, blocks, lambda block, kind: value(name) if (name := f"blk.{block}.{kind}.weight") in types else None
-        )
-        if losses:
-            grid = heat_grid("", at(lambda name: _log(max(costs[name].get(types[name], 0), 1e-12))))
-            return heat_frame(kinds, [grid], "nats per token, log10", alt="predicted loss by block and kind of tensor")
-        used = sorted(set(types.values()), key=lambda t: qtype(t).bpw)
-        return heat_frame(
-            kinds,
-            [heat_grid("", at(lambda name: float(qtype(types[name]).bpw)), texts=at(types.get))],
-            "bits per weight",
-            alt=f"types by block and kind of tensor: {', '.join(used)}",
-        )
+        def loss(name): return _log(max(costs[name].get(types[name], 0), 1e-12)) if name in types else None
+        words = "predicted loss by block and kind of tensor"
+        return heat_frame(kinds, [heat_grid("", _grid(kinds, blocks, loss))], "nats per token, log10", alt=words)
     return frame
 
+# %% ../../nbs/explore/04_views.ipynb #views-allocation-curve
 def _allocation_curve(choose: _Chooser, profiles: tuple):
     hulls = {p.name: choose.hull(p.name) for p in profiles}
     def frame(rules: str, bpw: float) -> dict:
-        found = choose(rules, bpw)
-        lines = [
-            chart_series(f"{name}: least possible", x, y, i, dash=name != rules)
-            for i, (name, (x, y)) in enumerate(hulls.items())
-        ]
-        here = chart_series(
-            "chosen",
-            [8 * found.bytes / choose.weights],
-            [found.cost],
-            4,
-            line=False,
-            marker=True,
-            labels=[f"{found.cost:.3g} nats"],
-        )
-        return chart_frame(
-            [*lines, here],
-            "bits per weight",
-            "predicted KLD (nats per token)",
-            log="y",
-            alt=f"chosen: {found.cost:.3g} nats at {8 * found.bytes / choose.weights:.2f} bits per weight",
-        )
+        chosen = choose(rules, bpw)
+        lines = []
+        for color, (name, (x, y)) in enumerate(hulls.items()):
+            lines.append(chart_series(f"{name}: least possible", x, y, color, dash=name != rules))
+        got, nats = choose.bits(chosen.bytes), f"{chosen.cost:.3g} nats"
+        here = chart_series("chosen", [got], [chosen.cost], 4, line=False, marker=True, labels=[nats])
+        words = f"chosen: {nats} at {got:.2f} bits per weight"
+        return chart_frame([*lines, here], "bits per weight", "predicted KLD (nats per token)", log="y", alt=words)
     return frame
 
-def explore_allocation(
-    sensitivity: Sensitivity | str | Path,  # from `measure_sensitivity`, or its file
-    model=None,  # directory, Hub id or Checkpoint: then sizes are those of whole files
-    *,
-    profiles: tuple
-    | None = None,  # Profiles whose rules can be chosen; default: balanced, attention-high, and no rules at all
-) -> Explorer:
+# %% ../../nbs/explore/04_views.ipynb #views-explore-allocation
+def explore_allocation(sensitivity: Sensitivity | str | Path, # from `measure_sensitivity`, or its file
+                       model=None, # directory, Hub id or Checkpoint: then sizes are those of whole files
+                       *, profiles: tuple | None = None # whose rules can be chosen; default: two presets, and no rules
+                      ) -> Explorer:
     "Turn the size of a file, and see where its bits go."
-    found = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
+    measured = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.load(sensitivity)
     profiles = tuple(profiles or (PRESETS["balanced"], PRESETS["attention-high"], _FREE))
-    choose, (kinds, blocks) = _Chooser(found, model, profiles), _places([t.name for t in found.tensors])
+    choose, (kinds, blocks) = _Chooser(measured, model, profiles), _places([t.name for t in measured.tensors])
     steps, both = choose.steps(), ("rules", "target")
     start = min(steps, key=lambda bpw: abs(bpw - 3.5))
-    controls = [
-        Control("target", "bits per weight", steps, start, "slide"),
-        Control("rules", "rules of the profile", tuple(p.name for p in profiles)),
-    ]
+    controls = [Control("target", "bits per weight", steps, start, "slide"),
+                Control("rules", "rules of the profile", tuple(p.name for p in profiles))]
+    note = "Lines: the least predicted loss at every size, by the rules of each profile."
     panels = [
         Panel("facts", "Size and loss", both, lambda rules, bpw: _allocation_facts(choose, rules, bpw)),
-        Panel("types", "Which type each tensor gets", both, _allocation_map(choose, kinds, blocks, False)),
-        Panel("losses", "Where the predicted loss sits", both, _allocation_map(choose, kinds, blocks, True)),
-        Panel(
-            "curve",
-            "What bits buy",
-            both,
-            _allocation_curve(choose, profiles),
-            note="Lines: the least predicted loss at every size, by the rules of each profile.",
-        ),
-    ]
-    return Explorer(
-        "Allocation",
-        controls,
-        panels,
-        f"{found.model}: predicted from the costs of {len(found.tensors)} tensors at up to {max(len(t.predicted) for t in found.tensors)} types each.",
-    )
+        Panel("types", "Which type each tensor gets", both, _allocation_types(choose, kinds, blocks)),
+        Panel("losses", "Where the predicted loss sits", both, _allocation_losses(choose, kinds, blocks)),
+        Panel("curve", "What bits buy", both, _allocation_curve(choose, profiles), note=note)]
+    most = max(len(t.predicted) for t in measured.tensors)
+    lead = f"{measured.model}: predicted from the costs of {len(measured.tensors)} tensors at up to {most} types each."
+    return Explorer("Allocation", controls, panels, lead)
 
-# %% ../../nbs/explore/04_views.ipynb #views-short
-def _short(report: QualityReport) -> str: return report.quantized_model.removesuffix(".gguf")
+# %% ../../nbs/explore/04_views.ipynb #views-quality-tradeoff
+def _quality_tradeoff(reports: dict): # name -> QualityReport
+    klds = {who: max(r.metrics.kld_mean, 1e-9) for who, r in reports.items()}
+    sizes = {who: r.metrics.file_size for who, r in reports.items()}
+    largest = max(sizes.values())
+    unit, scale = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6) if largest >= 1e6 else ("kB", 1e3)
 
-def _quality_tradeoff(reports: dict):
-    bytes_, klds = ({who: getattr(r.metrics, key) for who, r in reports.items()} for key in ("file_size", "kld_mean"))
-    unit, scale = next(
-        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if max(bytes_.values()) >= s or s == 1e3
-    )
-    front = sorted(
-        (
-            who
-            for who in reports
-            if not any(bytes_[o] <= bytes_[who] and klds[o] <= klds[who] and o != who for o in reports)
-        ),
-        key=bytes_.get,
-    )
+    def beaten(who): return any(sizes[o] <= sizes[who] and klds[o] <= klds[who] and o != who for o in reports)
+    front = sorted((who for who in reports if not beaten(who)), key=sizes.get)
+    x, y = [sizes[who] / scale for who in front], [klds[who] for who in front]
+    line = chart_series("Pareto front of all", x, y, 6, dash=True)
+
     def frame(who: str) -> dict:
-        line = chart_series(
-            "Pareto front of all", [bytes_[w] / scale for w in front], [max(klds[w], 1e-9) for w in front], 6, dash=True
-        )
-        own = chart_series(
-            who,
-            [bytes_[who] / scale],
-            [max(klds[who], 1e-9)],
-            list(reports).index(who),
-            line=False,
-            marker=True,
-            labels=[who],
-        )
-        return chart_frame(
-            [line, own],
-            f"size of the file ({unit})",
-            "KL divergence (nats per token)",
-            log="y",
-            alt=f"{who}: {klds[who]:.3g} nats at {bytes_[who] / scale:.3g} {unit}",
-        )
+        color, size = list(reports).index(who), sizes[who] / scale
+        own = chart_series(who, [size], [klds[who]], color, line=False, marker=True, labels=[who])
+        words = f"{who}: {klds[who]:.3g} nats at {size:.3g} {unit}"
+        return chart_frame([line, own], f"size of the file ({unit})", "KL divergence (nats per token)", log="y",
+                           alt=words)
     return frame
 
+# %% ../../nbs/explore/04_views.ipynb #views-quality-spread
 def _quality_spread(reports: dict):
     def frame(who: str) -> dict:
         m = reports[who].metrics
-        y = [max(getattr(m, key), 1e-9) for key in _SHARES.values()]
-        return chart_frame(
-            [chart_series(who, range(len(y)), y, list(reports).index(who), marker=True)],
-            "this share of the tokens diverges less",
-            "KL divergence (nats)",
-            log="y",
-            ticks=[f"{share:g} %" for share in _SHARES],
-            alt=f"{who}: half of the tokens below {m.kld_p50:.3g} nats, the largest {m.kld_max:.3g}",
-        )
+        y = [max(getattr(m, field), 1e-9) for field in SHARES.values()]
+        series = chart_series(who, range(len(y)), y, list(reports).index(who), marker=True)
+        words = f"{who}: half of the tokens below {m.kld_p50:.3g} nats, the largest {m.kld_max:.3g}"
+        return chart_frame([series], "this share of the tokens diverges less", "KL divergence (nats)", log="y",
+                           ticks=[f"{share:g} %" for share in SHARES], alt=words)
     return frame
 
+# %% ../../nbs/explore/04_views.ipynb #views-quality-layers
 def _quality_layers(reports: dict, kinds: list, blocks: int):
     def frame(who: str, field: str) -> dict:
         rows = {e["layer_name"]: e.get(field) for e in reports[who].layer_errors}
         if not any(name.startswith("blk.") for name in rows):
             return note_frame(f"{who} was measured without its layers: quality_report(..., include_layers=True).")
-        values = _grid(kinds, blocks, lambda block, kind: _log(rows.get(f"blk.{block}.{kind}.weight")))
-        return heat_frame(
-            kinds,
-            [heat_grid(who, values)],
-            f"{field.replace('_', ' ')}, log10",
-            alt=f"{field.replace('_', ' ')} by block and kind of tensor",
-        )
+        words = field.replace("_", " ")
+        grid = heat_grid(who, _grid(kinds, blocks, lambda name: _log(rows.get(name))))
+        return heat_frame(kinds, [grid], f"{words}, log10", alt=f"{words} by block and kind of tensor")
     return frame
 
+# %% ../../nbs/explore/04_views.ipynb #views-quality-row
+def _quality_row(who: str, report: QualityReport) -> list:
+    m = report.metrics
+    kld = f"{m.kld_mean:.4f} ± {m.kld_mean_se:.4f}"
+    shares = [f"{m.perplexity_delta_pct:+.2f} %", f"{100 * m.top1_agreement:.1f} %"]
+    return [who, human_size(m.file_size), f"{m.effective_bpw:.2f}", kld, *shares]
+
 def _quality_table(reports: dict) -> dict:
-    rows = [
-        [
-            who,
-            human_size(m.file_size),
-            f"{m.effective_bpw:.2f}",
-            f"{m.kld_mean:.4f} ± {m.kld_mean_se:.4f}",
-            f"{m.perplexity_delta_pct:+.2f} %",
-            f"{100 * m.top1_agreement:.1f} %",
-        ]
-        for who, m in ((who, r.metrics) for who, r in reports.items())
-    ]
-    return html_frame(
-        html_table(
-            ["", "size", "bits per weight", "KL divergence", "perplexity", "same top token"],
-            rows,
-            f"Against {next(iter(reports.values())).original_model}",
-        )
-    )
+    head = ["", "size", "bits per weight", "KL divergence", "perplexity", "same top token"]
+    rows = [_quality_row(who, report) for who, report in reports.items()]
+    original = next(iter(reports.values())).original_model
+    return html_frame(html_table(head, rows, f"Against {original}"))
 
+# %% ../../nbs/explore/04_views.ipynb #views-reports
 def _reports(results) -> dict:  # name -> QualityReport
-    found = [
-        r
-        for one in (results if isinstance(results, (list, tuple)) else [results])
-        for r in (one.reports if isinstance(one, Comparison) else [one])
-    ]
-    wrong = [type(r).__name__ for r in found if not isinstance(r, QualityReport)]
-    if wrong or not found:
-        raise ArgumentError(
-            f"{wrong[0] if wrong else 'nothing'} cannot be explored", "give the results of quality_report or compare"
-        )
-    if len({r.original_model for r in found}) > 1:
+    "The reports by name; raises `ArgumentError` for what is none, and for reports of different originals."
+    given = results if isinstance(results, (list, tuple)) else [results]
+    reports = [r for one in given for r in (one.reports if isinstance(one, Comparison) else [one])]
+    wrong = next((type(r).__name__ for r in reports if not isinstance(r, QualityReport)), None)
+    if wrong or not reports:
+        raise ArgumentError(f"{wrong or 'nothing'} cannot be explored", "give the results of quality_report or compare")
+    if len({r.original_model for r in reports}) > 1:
         raise ArgumentError("the results are of different originals", "compare quantizations of one model")
-    names = [_short(r) for r in found]
-    return {name if names.count(name) == 1 else f"{name} ({i + 1})": r for i, (name, r) in enumerate(zip(names, found))}
+    names = [r.quantized_model.removesuffix(".gguf") for r in reports]
+    numbered = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+    return dict(zip(numbered, reports))
 
+# %% ../../nbs/explore/04_views.ipynb #views-explore-quality
 def explore_quality(results,             # QualityReports, or a Comparison
                     tokens: tuple = (),  # TokenViews, from `view_tokens`
                    ) -> Explorer:
     "Look into what quantization cost: several results side by side, down to the words of a text."
-    reports, views = _reports(results), {view.model.removesuffix(".gguf"): view for view in tokens}
-    layered = [e["layer_name"] for r in reports.values() for e in r.layer_errors if e["layer_name"].startswith("blk.")]
+    reports, texts = _reports(results), {view.model.removesuffix(".gguf"): view for view in tokens}
+    names = [row["layer_name"] for report in reports.values() for row in report.layer_errors]
+    layered = [name for name in names if name.startswith("blk.")]
+    models, lower = ("models",), "Lower and further left is better."
     controls = [Control("models", "results", tuple(reports), kind="many")]
     panels = [
         Panel("numbers", "In numbers", (), lambda: _quality_table(reports)),
-        Panel(
-            "tradeoff",
-            "Divergence over bytes",
-            ("models",),
-            _quality_tradeoff(reports),
-            note="Lower and further left is better.",
-        ),
-        Panel("spread", "Spread over the tokens", ("models",), _quality_spread(reports)),
-    ]
+        Panel("tradeoff", "Divergence over bytes", models, _quality_tradeoff(reports), note=lower),
+        Panel("spread", "Spread over the tokens", models, _quality_spread(reports))]
     if layered:
+        note = "output_error: of what each matrix makes of its real inputs; relative_error: of its weights."
+        show = _quality_layers(reports, *_places(layered))
         controls.append(Control("error", "error of", ("output_error", "relative_error")))
-        panels.append(
-            Panel(
-                "layers",
-                "Where the error sits",
-                ("models", "error"),
-                _quality_layers(reports, *_places(layered)),
-                note="output_error: of what each matrix makes of its real inputs; relative_error: of its weights.",
-            )
-        )
-    if views:
-        controls.append(Control("reader", "text read by", tuple(views)))
-        panels.append(Panel("text", "The text, token by token", ("reader",), lambda who: token_frame(views[who])))
-    m = next(iter(reports.values())).metrics
-    return Explorer(
-        "Quality",
-        controls,
-        panels,
-        f"Quantizations of {next(iter(reports.values())).original_model}, measured on {m.tokens:,} tokens of {m.windows} windows.",
-    )
+        panels.append(Panel("layers", "Where the error sits", ("models", "error"), show, note=note))
+    if texts:
+        controls.append(Control("reader", "text read by", tuple(texts)))
+        panels.append(Panel("text", "The text, token by token", ("reader",), lambda who: token_frame(texts[who])))
+    first = next(iter(reports.values()))
+    m, original = first.metrics, first.original_model
+    lead = f"Quantizations of {original}, measured on {m.tokens:,} tokens of {m.windows} windows."
+    return Explorer("Quality", controls, panels, lead)

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.cli.main import main as cli
-from llm_quantize.calibration.analysis import Analysis
-from llm_quantize.cli.main import analyze
+from llm_quantize.models.layer_stack import LayerStack
+from llm_quantize.cli.main import main
+from llm_quantize.calibration.analysis import Analysis, measure_importance
+from llm_quantize.models.job import Job
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, CalibrationError, CheckpointError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.calibration.collect import collect
-from llm_quantize.api import quantize
+from llm_quantize.api import analyze, quantize
 
 from tests.tiny import hooked
 
@@ -30,7 +31,7 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a d
 
 def run(capsys, *arguments):
     "Exit code, stdout, stderr of the command, in this process."
-    code = cli.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -129,7 +130,7 @@ def test_agrees_with_llama_imatrix(sample_model, tmp_path):
     total, channel = apart(ours, judge)
     assert total < 1e-3 and channel < 1e-2
     ids = windows(load_tokenizer(sample_model), (tmp_path / "slice.txt").read_text(encoding="utf-8"), size=512, limit=8)
-    total, channel = apart(collect(sample_model, ids, dtype=torch.float32, device="cpu"), judge)
+    total, channel = apart(collect(LayerStack(sample_model, dtype=torch.float32, device="cpu"), ids), judge)
     assert total < 1e-4 and channel < 1e-3
 
 
@@ -140,7 +141,7 @@ def test_what_llama_imatrix_would_not_do_shows(sample_model):
     late = ids.flatten()[1:1 + 8 * 512].view(8, 512).clone()
     late[:, 0] = ids[0, 0]
     for wrong in (windows(tokenizer, text, size=512, limit=8, bos=False), late, ids[1:]):
-        total, channel = apart(collect(sample_model, wrong, dtype=torch.float32, device="cpu"), judge)
+        total, channel = apart(collect(LayerStack(sample_model, dtype=torch.float32, device="cpu"), wrong), judge)
         assert total > 1e-3 and channel > 1e-2
 
 # ---- the result ----------------------------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_text_of_ones_own(sample_model, tmp_path, capsys):
     code, out, err = run(capsys, "analyze", sample_model, "-o", tmp_path / "x.imatrix", "--calibration-data", tmp_path / "own.jsonl", "--calibration-samples", "3", "--checkpoint-dir", tmp_path / "s")
     assert code == 0, err
     matrix = ImportanceMatrix.load(tmp_path / "x.imatrix")
-    expected = collect(sample_model, windows(load_tokenizer(sample_model), documents, size=512, limit=3))
+    expected = collect(LayerStack(sample_model), windows(load_tokenizer(sample_model), documents, size=512, limit=3))
     assert matrix.datasets == ("own.jsonl",) and torch.allclose(matrix.importance("blk.1.attn_q.weight"), expected.importance("blk.1.attn_q.weight"), rtol=1e-6)
     (tmp_path / "short.txt").write_text(bundled_text("heldout")[:6000], encoding="utf-8")
     code, out, err = run(capsys, "analyze", sample_model, "-o", tmp_path / "y.imatrix", "--calibration-data", tmp_path / "short.txt", "--checkpoint-dir", tmp_path / "s")
@@ -214,12 +215,28 @@ def test_checkpoint_of_another_model(sample_model, tmp_path, capsys, monkeypatch
     def progress(done, total):
         if done >= 1024: raise Stop
     ids = windows(load_tokenizer(sample_model), bundled_text("calibration"), size=512, limit=4)
-    with pytest.raises(Stop): collect(sample_model, ids, checkpoint_dir=tmp_path / "state", interval=0.0, progress=progress)
+    with pytest.raises(Stop): collect(LayerStack(sample_model), ids, checkpoint_dir=tmp_path / "state", interval=0.0, progress=progress)
     options = ("--calibration-samples", "4", "-o", tmp_path / "x.imatrix", "--resume", tmp_path / "state")
     code, out, _ = run(capsys, "--format", "json", "analyze", sample_model, "--method", "fisher", *options)
     assert code == 7 and json.loads(out)["error_type"] == "CheckpointError" and "fisher" in json.loads(out)["message"]
     code, _, err = run(capsys, "analyze", sample_model, *options)
     assert code == 0 and (tmp_path / "x.imatrix").exists(), err
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["by window", "by layer"])
+def test_resume_takes_the_way_of_the_run(keep, done, sample_model, tmp_path):
+    "Memory may look different the second time: the way through model and text is that of the first."
+    class Stop(Exception): pass
+    def progress(done, total):
+        if done >= 1024: raise Stop
+    state, options = tmp_path / "state", {"datasets": done.datasets}
+    ids = windows(load_tokenizer(sample_model), bundled_text("calibration"), size=512, limit=8)
+    stack = LayerStack(sample_model, device="cpu", keep=keep)
+    with pytest.raises(Stop): collect(stack, ids, checkpoint_dir=state, interval=0.0, progress=progress, **options)
+    job = Job(sample_model, device="cpu")
+    found = measure_importance(job, output=tmp_path / "x.imatrix", calibration_samples=8, resume=state)
+    assert job.stack().keep is True and found.output_path.read_bytes() == done.output_path.read_bytes()
+    assert not list(state.iterdir())
 
 
 def test_python_errors(sample_model, tmp_path):
@@ -257,7 +274,7 @@ def test_larger_model_agrees_with_plain_hooks(shared_model, tmp_path):
     path = shared_model("prose-46m")
     ids = windows(load_tokenizer(path), bundled_text("calibration"), size=512, limit=8)
     sums, _ = hooked(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ids)
-    matrix = collect(path, ids, device="cpu")
+    matrix = collect(LayerStack(path, device="cpu"), ids)
     for (name, _), expected in sums.items():
         ratio = matrix.sums[name][0] / expected - 1
         assert ratio.abs().mean() < 1e-3 and abs(matrix.sums[name].sum() / expected.sum() - 1) < 1e-3, name

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llm_quantize.models.job import Job
 from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, CheckpointError, ImportanceError, OutOfMemoryError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
-from llm_quantize.calibration.collect import PRIOR, RARE, collect, with_prior
+from llm_quantize.calibration.collect import PRIOR, RARE, collect, saved_way, with_prior
 from llm_quantize.calibration.resume import discard_state
 from llm_quantize.models.fingerprint import fingerprint
 
@@ -34,22 +35,22 @@ def test_activation_sums(sample_model, ids, tmp_path):
     "In float32 as plain hooks see them; in bfloat16 within a thousandth of that, tensor by tensor."
     model = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32)
     sums, counts = hooked(model, ids)
-    exact = collect(sample_model, ids, dtype=torch.float32, device="cpu")
-    low = collect(sample_model, ids, dtype=torch.bfloat16, device="cpu")
+    exact = collect(LayerStack(sample_model, dtype=torch.float32, device="cpu"), ids)
+    low = collect(LayerStack(sample_model, dtype=torch.bfloat16, device="cpu"), ids)
     assert exact.names == sorted(name for name, _ in sums)
     for name in exact.names:
         assert torch.allclose(exact.sums[name][0], sums[name, 0], rtol=1e-5) and exact.counts[name].tolist() == [ids.numel()] == [counts[name, 0]]
         assert abs(low.sums[name].sum() / sums[name, 0].sum() - 1) < 1e-3, name
         assert not torch.allclose(exact.sums[name][0].roll(1), sums[name, 0], rtol=1e-5)
     assert (exact.chunk_count, exact.chunk_size) == tuple(ids.shape)
-    assert saved(exact, tmp_path / "a") == saved(collect(sample_model, ids, dtype=torch.float32, device="cpu", keep=False), tmp_path / "b")
+    assert saved(exact, tmp_path / "a") == saved(collect(LayerStack(sample_model, dtype=torch.float32, device="cpu", keep=False), ids), tmp_path / "b")
 
 
 @pytest.mark.parametrize("method", ["gradient", "fisher"])
 def test_gradient_sums(method, sample_model, ids):
     "x^2 times the squared gradient at the output, from autograd on transformers' model; `fisher` draws its labels as documented."
     ids = ids[:2, :128].contiguous()
-    model, expected, stored = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32, attn_implementation="eager").requires_grad_(False), {}, {}
+    model, expected = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32, attn_implementation="eager").requires_grad_(False), {}
     for path, role in (("self_attn.k_proj", "attn_k"), ("self_attn.o_proj", "attn_output"), ("mlp.gate_proj", "ffn_gate"), ("mlp.down_proj", "ffn_down")):
         def hook(module, args, out, name=f"blk.2.{role}.weight"):
             def back(g): expected[name] = expected.get(name, 0) + (args[0][0].double().square() * g[0].double().square().sum(-1, keepdim=True)).sum(0)
@@ -64,16 +65,16 @@ def test_gradient_sums(method, sample_model, ids):
             chance = torch.rand(127, 1, generator=torch.Generator().manual_seed(5 * 1_000_003 + window))
             labels = (heights < chance * heights[:, -1:]).sum(-1)
         (-scores.gather(1, labels[:, None]).sum()).backward()
-    found = collect(sample_model, ids, method=method, seed=5, dtype=torch.float32, device="cpu")
+    found = collect(LayerStack(sample_model, dtype=torch.float32, device="cpu"), ids, method=method, seed=5)
     for name, sums in expected.items():
         assert torch.allclose(found.sums[name][0] / found.notes["llm_quantize.scale"], sums, rtol=2e-3), name
         assert not torch.allclose(found.sums[name][0] / found.notes["llm_quantize.scale"], sums.roll(1), rtol=2e-3)
-    other = collect(sample_model, ids, method=method, seed=6, dtype=torch.float32, device="cpu")
+    other = collect(LayerStack(sample_model, dtype=torch.float32, device="cpu"), ids, method=method, seed=6)
     assert torch.equal(other.sums[name], found.sums[name]) == (method == "gradient")
 
 
 def test_scale_keeps_the_mean_near_one(sample_model, ids):
-    matrix = collect(sample_model, ids[:2], method="fisher", device="cpu")
+    matrix = collect(LayerStack(sample_model, device="cpu"), ids[:2], method="fisher")
     mean = torch.cat([matrix.importance(name).flatten() for name in matrix.names]).mean().item()
     assert 0.5 < mean < 2 and torch.tensor(matrix.notes["llm_quantize.scale"]).log2().item() % 1 == 0
 
@@ -85,7 +86,7 @@ def test_experts_are_counted_apart(family, method, tmp_path):
     model = random_model(family, tmp_path)
     tokens = torch.randint(0, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(1))
     sums, counts = hooked(model, tokens)
-    matrix = collect(tmp_path, tokens, method=method, dtype=torch.float32, device="cpu")
+    matrix = collect(LayerStack(tmp_path, dtype=torch.float32, device="cpu"), tokens, method=method)
     for layer in range(2):
         for role in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
             name = f"blk.{layer}.{role}.weight"
@@ -101,7 +102,7 @@ def test_rare_experts_lean_on_the_others(tmp_path, caplog):
     "Two tokens of text cannot visit every expert often: all are named, none is without importance."
     random_model("mixtral", tmp_path)
     tokens = torch.randint(0, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
-    matrix = collect(tmp_path, tokens, device="cpu")
+    matrix = collect(LayerStack(tmp_path, device="cpu"), tokens)
     rare = matrix.notes["llm_quantize.rare_experts"]
     assert len(rare) == 2 * 3 * 4 and all("tokens" in line for line in rare) and "neutral prior" in caplog.text
     for name in matrix.names:
@@ -125,14 +126,14 @@ def test_prior():
 # Runs are killed in processes of their own. They are forked from one that has done the imports and nothing else, since those take longer than the runs.
 
 PROCESSES = multiprocessing.get_context("forkserver") if "forkserver" in multiprocessing.get_all_start_methods() else None
-if PROCESSES: PROCESSES.set_forkserver_preload(["llm_quantize.calibration.collect", "llm_quantize.calibration.text", "transformers.models.llama.modeling_llama", "test_importance"])
+if PROCESSES: PROCESSES.set_forkserver_preload(["llm_quantize.calibration.collect", "llm_quantize.calibration.text", "transformers.models.llama.modeling_llama", __name__])
 
 
 def whole_run(said, model, folder, target, method, keep, resume):
     "What the process does: eight windows, progress told after each step."
     torch.set_num_threads(1)
     ids = windows(load_tokenizer(model), bundled_text("calibration"), size=512, limit=8)
-    collect(model, ids, method=method, device="cpu", keep=keep, checkpoint_dir=folder, resume=resume, interval=0.0, progress=lambda done, total: said.send(done)).save(target)
+    collect(LayerStack(model, device="cpu", keep=keep), ids, method=method, checkpoint_dir=folder, resume=resume, interval=0.0, progress=lambda done, total: said.send(done)).save(target)
 
 
 def start(*arguments):
@@ -188,11 +189,11 @@ def test_killed_and_resumed_is_the_same_to_the_byte(method, keep, sample_model, 
 class Stop(Exception): pass
 
 
-def interrupted(model, ids, folder, tokens=1024, **options):
+def interrupted(model, ids, folder, tokens=1024, keep=None, **options):
     "A run that was stopped after some tokens."
     def progress(done, total):
         if done >= tokens: raise Stop
-    with pytest.raises(Stop): collect(model, ids, device="cpu", checkpoint_dir=folder, interval=0.0, progress=progress, **options)
+    with pytest.raises(Stop): collect(LayerStack(model, device="cpu", keep=keep), ids, checkpoint_dir=folder, interval=0.0, progress=progress, **options)
 
 
 def test_another_model_text_or_option(sample_model, ids, tmp_path):
@@ -208,10 +209,11 @@ def test_another_model_text_or_option(sample_model, ids, tmp_path):
     for model, text, options, message in [(other, ids, {}, "another model"), (sample_model, ids[:5], {}, "another text"), (sample_model, ids.flip(0), {}, "another text"),
                                           (sample_model, ids, {"method": "fisher"}, "method = activation, not fisher"), (sample_model, ids, {"batch": 2}, "batch = 1, not 2"),
                                           (sample_model, ids, {"keep": False}, "way = by window, not by layer")]:
-        with pytest.raises(CheckpointError, match=message) as caught: collect(model, text, device="cpu", checkpoint_dir=folder, resume=True, **options)
+        stack = LayerStack(model, device="cpu", keep=options.pop("keep", None))
+        with pytest.raises(CheckpointError, match=message) as caught: collect(stack, text, checkpoint_dir=folder, resume=True, **options)
         assert caught.value.exit_code == 7 and "--resume" in caught.value.suggestion
     assert (folder / "analyze.state").read_bytes() == before  # a refusal destroys nothing
-    collect(sample_model, ids, device="cpu", checkpoint_dir=folder, resume=True)
+    collect(LayerStack(sample_model, device="cpu"), ids, checkpoint_dir=folder, resume=True)
     discard_state(folder)
     assert not list(folder.iterdir())
 
@@ -222,25 +224,28 @@ def test_damaged_states(sample_model, ids, tmp_path):
     whole = (folder / "analyze.state").read_bytes()
     for data in (b"", whole[:100], whole[:-50], b"\0" * len(whole)):
         (folder / "analyze.state").write_bytes(data)
-        with pytest.raises(CheckpointError, match="damaged") as caught: collect(sample_model, ids, device="cpu", checkpoint_dir=folder, resume=True)
+        with pytest.raises(CheckpointError, match="damaged") as caught: collect(LayerStack(sample_model, device="cpu", keep=False), ids, checkpoint_dir=folder, resume=True)
         assert caught.value.exit_code == 7
     (folder / "analyze.state").write_bytes(whole)
     states = list(folder.glob("analyze-hidden-?.f32"))
     assert states
     for path in states: path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="lost its hidden states"): collect(sample_model, ids, device="cpu", checkpoint_dir=folder, resume=True)
+    with pytest.raises(CheckpointError, match="lost its hidden states"): collect(LayerStack(sample_model, device="cpu", keep=False), ids, checkpoint_dir=folder, resume=True)
 
 
 def test_resume_takes_the_way_of_the_run(sample_model, ids, tmp_path):
     "Memory may look different the second time: the way through model and text is that of the first."
     for keep in (False, True):
         interrupted(sample_model, ids, tmp_path / "state", keep=keep)
-        assert saved(collect(sample_model, ids, device="cpu", checkpoint_dir=tmp_path / "state", resume=True), tmp_path / "a") == saved(collect(sample_model, ids, device="cpu"), tmp_path / "b")
+        assert saved_way(tmp_path / "state") is keep
+        resumed = collect(Job(sample_model, device="cpu").stack(keep=saved_way(tmp_path / "state")), ids, checkpoint_dir=tmp_path / "state", resume=True)
+        assert saved(resumed, tmp_path / "a") == saved(collect(LayerStack(sample_model, device="cpu"), ids), tmp_path / "b")
         discard_state(tmp_path / "state")
+        assert saved_way(tmp_path / "state") is None
 
 
 def test_nothing_saved_yet_is_a_beginning(sample_model, ids, tmp_path, caplog):
-    matrix = collect(sample_model, ids[:1], device="cpu", checkpoint_dir=tmp_path, resume=True)
+    matrix = collect(LayerStack(sample_model, device="cpu"), ids[:1], checkpoint_dir=tmp_path, resume=True)
     assert "starting from the beginning" in caplog.text and matrix.chunk_count == 1
 
 # ---- disks ---------------------------------------------------------------------------------------------------------------------------------------
@@ -255,7 +260,7 @@ def limited_run(said, model, folder, target, keep, limit):
     ids = windows(load_tokenizer(model), bundled_text("calibration"), size=512, limit=4)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    matrix = collect(model, ids, device="cpu", keep=keep, checkpoint_dir=folder, interval=0.0)
+    matrix = collect(LayerStack(model, device="cpu", keep=keep), ids, checkpoint_dir=folder, interval=0.0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     matrix.save(target)
 
@@ -274,25 +279,25 @@ def test_a_full_disk_does_not_stop_the_run(keep, limit, sample_model, ids, tmp_p
     except EOFError: process.join()
     assert process.exitcode == 0 and sum("going on without" in line for line in said) == 1
     torch.set_num_threads(1)
-    assert (tmp_path / "a").read_bytes() == saved(collect(sample_model, ids[:4], device="cpu"), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == saved(collect(LayerStack(sample_model, device="cpu"), ids[:4]), tmp_path / "b")
     assert not (tmp_path / "state" / "analyze.state").exists()
 
 
 def test_a_folder_that_cannot_be_made(sample_model, ids, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
-    matrix = collect(sample_model, ids[:1], device="cpu", checkpoint_dir=tmp_path / "file" / "state", interval=0.0)
+    matrix = collect(LayerStack(sample_model, device="cpu"), ids[:1], checkpoint_dir=tmp_path / "file" / "state", interval=0.0)
     assert matrix.chunk_count == 1 and "going on without" in caplog.text
 
 # ---- trouble -------------------------------------------------------------------------------------------------------------------------------------
 
 def test_refusals(sample_model, ids, tmp_path):
-    with pytest.raises(ArgumentError, match="unknown method"): collect(sample_model, ids, method="hessian")
-    with pytest.raises(OutOfMemoryError, match="all layers in memory"): collect(sample_model, ids, method="fisher", keep=False, device="cpu")
+    with pytest.raises(ArgumentError, match="unknown method"): collect(LayerStack(sample_model), ids, method="hessian")
+    with pytest.raises(OutOfMemoryError, match="all layers in memory"): collect(LayerStack(sample_model, keep=False, device="cpu"), ids, method="fisher")
     for file in sample_model.iterdir(): (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.1.self_attn.o_proj.weight"][3, 5] = float("inf")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ImportanceError, match="blk.1.* not numbers") as caught: collect(tmp_path, ids[:1], device="cpu")
+    with pytest.raises(ImportanceError, match="blk.1.* not numbers") as caught: collect(LayerStack(tmp_path, device="cpu"), ids[:1])
     assert caught.value.exit_code == 16
 
 

@@ -1,7 +1,8 @@
 "What the command prints: names as they are, whatever is in them."
 import pytest
 
-from llm_quantize.cli.console import console, parse_size, print_rows
+from llm_quantize.cli.console import console, print_rows
+from llm_quantize.display import parse_size
 from llm_quantize.errors import ArgumentError
 
 

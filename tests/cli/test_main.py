@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.models.checkpoint import sample_path
 from llm_quantize.cli.main import main
-from llm_quantize.cli.console import hoist_globals, parse_size
+from llm_quantize.cli.console import hoist_globals
+from llm_quantize.display import parse_size
 from llm_quantize.errors import ArgumentError
 
 
@@ -195,9 +196,55 @@ def test_help_imports_no_torch():
     assert done.returncode == 0 and "quantize" in done.stdout and "quality" in done.stdout
 
 
-def test_version_and_module_entry():
-    done = subprocess.run([sys.executable, "-m", "llm_quantize.cli.main", "--version"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["llm_quantize", "llm_quantize.cli.main"])
+def test_version_and_module_entry(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("llm-quantize ")
+
+
+@pytest.mark.parametrize("words", ["--version", "profile list"])
+def test_a_reader_who_leaves_is_no_failure(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-m", "llm_quantize", *words.split()]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+COMPUTING = {
+    "analyze": "analyze MODEL --calibration-samples 1 -o OUT/x.imatrix --checkpoint-dir OUT/state",
+    "quality report": "quality report MODEL MODEL --calibration-samples 1",
+    "quality compare": "quality compare MODEL MODEL --calibration-samples 1",
+    "profile show": "profile show balanced --model MODEL --effort quick",
+    "profile create": "profile create --imatrix OUT/s.imatrix --name x --model MODEL --effort quick -o OUT/x.dqprofile",
+}
+
+
+@pytest.mark.parametrize("verb", COMPUTING)
+def test_a_verb_that_computes_does_so_on_the_device_it_was_given(capsys, tmp_path, verb):
+    from llm_quantize.api import analyze
+    if verb == "profile create":
+        analyze(sample_path(), output=tmp_path / "s.imatrix", calibration_samples=1, checkpoint_dir=tmp_path / "state")
+    line = COMPUTING[verb].replace("MODEL", str(sample_path())).replace("OUT", str(tmp_path))
+    code, _, err = run(capsys, *line.split(), "--device", "no_such_device")
+    assert code != 0
+    assert "no_such_device" in err
+
+
+def test_threads_are_those_of_the_whole_run(capsys, model, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): monkeypatch.setenv(name, "2")
+    before = torch.get_num_threads()
+    try:
+        assert run(capsys, "info", model, "--threads", "1")[0] == 0
+        assert torch.get_num_threads() == 1
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    finally:
+        torch.set_num_threads(before)
+    assert run(capsys, "info", model, "--threads", "none")[0] == 2
 
 
 def test_sample_is_not_written_over_another_model(capsys, tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from llm_quantize.explore.views import explore_allocation, explore_importance, explore_quality
 from llm_quantize.calibration.imatrix import ImportanceMatrix
-from llm_quantize.quality.evaluate import _SHARES, Metrics, QualityReport
+from llm_quantize.quality.evaluate import SHARES, Metrics, QualityReport
 from llm_quantize.quants.qtypes import qtype
 from llm_quantize.calibration.sensitivity import CANDIDATES, Sensitivity, TensorCosts
 from llm_quantize.calibration.super_weights import SuperWeight, SuperWeights
@@ -37,7 +37,7 @@ def allocation():
 
 def report(name, bpw):
     kld = 4 ** -bpw * 10
-    values = dict.fromkeys(Metrics.__dataclass_fields__, 0.1) | {key: kld * (share / 50) ** 2 for share, key in _SHARES.items()}
+    values = dict.fromkeys(Metrics.__dataclass_fields__, 0.1) | {key: kld * (share / 50) ** 2 for share, key in SHARES.items()}
     values |= {"kld_mean": kld, "file_size": int(1e6 * bpw), "effective_bpw": bpw, "tokens": 510, "windows": 2}
     errors = tuple({"layer_name": n, "output_error": kld * (1 + k), "relative_error": kld / (1 + k), "max_error": 0.1, "type": "Q4_K", "bit_width": bpw} for k, n in enumerate(NAMES))
     return QualityReport("a model", name, Metrics(**values), errors, None, "float32", "2026-01-01T00:00:00+00:00")

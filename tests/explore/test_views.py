@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from llm_quantize.models.job import Job
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows  # noqa: E402
 from llm_quantize.models.checkpoint import open_checkpoint  # noqa: E402
 from llm_quantize.models.reference import load_float  # noqa: E402
@@ -124,7 +125,7 @@ def results(sample_model, folder):
 
     from llm_quantize.gguf.plan import plan_gguf
     from llm_quantize.gguf.profiles import PRESETS
-    plan = plan_gguf(sample_model, "Q4_K_M").plan
+    plan = plan_gguf(Job(sample_model), "Q4_K_M").plan
     written = quantize(sample_model, "gguf", "Q4_K_M", output_dir=folder)
     resolved = replace(PRESETS["balanced"], tensors={t.name: t.type for t in plan if t.type != "F32"})
     return {"plan": plan, "result": written, "profile": PRESETS["attention-high"], "resolved profile": resolved, "report": report("Q4_K_M.gguf", 4.8)}

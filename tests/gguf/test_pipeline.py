@@ -10,20 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.models.job import Job
 from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.models.checkpoint import Checkpoint, sample_path
-from llm_quantize.quants.codec import FLOATS, decode
+from llm_quantize.quants.codec import FLOATS, decode, encode_tensor
 from llm_quantize.errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
 from llm_quantize.gguf.container import open_gguf
-from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.gguf.plan import plan_gguf
 from llm_quantize.gguf.pipeline import check_finite, relative_error
-from llm_quantize.quants.codec import encode_tensor
 from llm_quantize.api import quantize
 from llm_quantize.gguf.mixes import find_mix
 
-CPU = torch.device("cpu")
 PROMPT = "The history of the Roman empire begins with"
 
 
@@ -63,7 +62,7 @@ def test_every_level_runs_in_llama_cpp(tmp_path_factory, tmp_path, monkeypatch, 
 
 def test_what_is_decoded_is_near_what_was_meant(tmp_path):
     result = quantize(sample_path(), "gguf", "Q4_K_M", output_dir=tmp_path)
-    file, job = open_gguf(result.output_path), plan_gguf(sample_path(), "Q4_K_M")
+    file, job = open_gguf(result.output_path), plan_gguf(Job(sample_path()), "Q4_K_M")
     for spec, record in zip(job.specs, result.tensors):
         meant, got = spec.load(job.checkpoint).float(), file.decode(spec.name).reshape(spec.shape)
         error = ((meant - got).square().sum() / meant.square().sum()).item()
@@ -80,7 +79,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
 
 def write_imatrix(path, width=256, scale=None):
     "An imatrix for the sample model in which one input channel in eight matters a hundred times more."
-    job = plan_gguf(sample_path(), "Q2_K")
+    job = plan_gguf(Job(sample_path()), "Q2_K")
     weights = {s.name: (torch.ones(s.shape[-1]) + 99 * (torch.arange(s.shape[-1]) % 8 == 0)) for s in job.specs if s.name.startswith("blk.") and s.quantizable}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "imatrix")
@@ -102,7 +101,7 @@ def test_importance_moves_the_error_to_where_it_costs_least(tmp_path):
     weights = write_imatrix(tmp_path / "i.gguf")
     plain = open_gguf(quantize(sample_path(), "gguf", "Q2_K", output_dir=tmp_path, output_name="plain").output_path)
     guided = open_gguf(quantize(sample_path(), "gguf", "Q2_K", output_dir=tmp_path, output_name="guided", imatrix=tmp_path / "i.gguf").output_path)
-    job = plan_gguf(sample_path(), "Q2_K")
+    job = plan_gguf(Job(sample_path()), "Q2_K")
     for spec in job.specs:
         if spec.name not in weights or "ffn" not in spec.name: continue
         meant = spec.load(job.checkpoint).float()
@@ -138,14 +137,14 @@ def test_a_name_that_says_phi_3(tmp_path):
 def test_experts_are_encoded_with_their_own_importance():
     torch.manual_seed(0)
     weights, importance = torch.randn(3, 4, 256), torch.rand(3, 256) + 0.01
-    data = encode_tensor(weights, "Q4_K", importance, CPU)
-    for e in range(3): assert torch.equal(data[4 * e:4 * e + 4], encode_tensor(weights[e], "Q4_K", importance[e], CPU))
-    assert not torch.equal(data[4:8], encode_tensor(weights[1], "Q4_K", importance[0], CPU))
+    data = encode_tensor(weights, "Q4_K", importance)
+    for e in range(3): assert torch.equal(data[4 * e:4 * e + 4], encode_tensor(weights[e], "Q4_K", importance[e]))
+    assert not torch.equal(data[4:8], encode_tensor(weights[1], "Q4_K", importance[0]))
 
 
 def test_relative_error_by_hand():
     weights = torch.randn(1000, 64)
-    data = encode_tensor(weights, "Q4_0", None, CPU)
+    data = encode_tensor(weights, "Q4_0", None)
     whole = ((weights - decode(data, "Q4_0")).square().sum() / weights.square().sum()).item()
     assert relative_error(weights, data, "Q4_0", rows=10_000) == pytest.approx(whole)
     assert relative_error(weights, data, "Q4_0", rows=100) == pytest.approx(whole, rel=0.1)
@@ -232,9 +231,8 @@ def test_the_reference_search_writes_what_llama_quantize_writes(tmp_path, monkey
     import ctypes
 
     import llama_cpp
-    from llm_quantize.calibration.analysis import cached_imatrix
     monkeypatch.setenv("LLM_QUANTIZE_IMATRIX_CACHE", str(tmp_path / "imatrix"))
-    matrix = cached_imatrix(sample_path(), calibration_samples=2, device="cpu")
+    matrix = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2)
     values = {name: matrix.importance(name).numpy() for name in matrix.names}
     rows = [(name.encode(), v.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), v.size) for name, v in values.items()]
     table = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(rows) + 1))(*rows, (None, None, 0))

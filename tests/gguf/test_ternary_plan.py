@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.models.job import Job
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.cli.main import main
 from llm_quantize.quality.llama_cpp_model import open_llama
@@ -86,7 +87,7 @@ def decoded_kld(folder, path, tokens):
 
 @pytest.mark.parametrize("level", TYPE)
 def test_a_ternary_model_loses_nothing(trained, tmp_path, level):
-    result, job = quantize(trained, "gguf", level.lower(), output_dir=tmp_path, device="cpu"), plan_gguf(trained, level)
+    result, job = quantize(trained, "gguf", level.lower(), output_dir=tmp_path, device="cpu"), plan_gguf(Job(trained), level)
     assert result.quantization_level == level and result.output_path.endswith(f"tiny-ternary-{level}.gguf")
     assert result.file_size == job.file_bytes and open_gguf(result.output_path).metadata["general.file_type"] == {"TQ2_0": 37, "TQ1_0": 36}[TYPE[level]]
     assert job.plan.counts == {TYPE[level]: 21, "F32": 7, "Q8_0": 1} and job.plan["token_embd.weight"].type == "Q8_0"
@@ -105,7 +106,7 @@ def test_a_ternary_model_loses_nothing(trained, tmp_path, level):
 def test_a_scale_for_each_block(trained, tmp_path):
     folder = changed(trained, tmp_path / "m", lambda k, v: tritted(torch.randn(v.shape, generator=torch.Generator().manual_seed(2)).to(v.dtype), True) if "up_proj" in k else v)
     result = quantize(folder, "gguf", "TERNARY", output_dir=tmp_path, device="cpu")
-    assert lossless(plan_gguf(folder, "TERNARY"), result.output_path)[0]
+    assert lossless(plan_gguf(Job(folder), "TERNARY"), result.output_path)[0]
 
 
 def noise(v): return torch.randn(v.shape, generator=torch.Generator().manual_seed(3)).to(v.dtype) * 0.05
@@ -120,7 +121,7 @@ def one_weight(v):
 @pytest.mark.parametrize("spoil, words", [(noise, "none of its blocks"), (one_weight, "99.9% of its blocks")], ids=["a float matrix", "one weight in the last row"])
 def test_what_is_not_ternary_gets_a_good_type(trained, tmp_path, spoil, words):
     folder = changed(trained, tmp_path / "m", lambda k, v: spoil(v) if k == "model.layers.1.mlp.down_proj.weight" else v)
-    job = plan_gguf(folder, "TERNARY")
+    job = plan_gguf(Job(folder), "TERNARY")
     assert job.plan["blk.1.ffn_down.weight"].type == "Q8_0" and words in job.plan["blk.1.ffn_down.weight"].why
     assert job.plan.counts == {"TQ2_0": 20, "F32": 7, "Q8_0": 2}
     result = quantize(folder, "gguf", "TERNARY", output_dir=tmp_path, device="cpu")
@@ -138,18 +139,18 @@ def test_a_matrix_that_is_not_ternary_is_never_said_to_be(share, words):
 
 def test_an_output_matrix_of_its_own_is_kept_precise(tmp_path):
     folder = llama(tmp_path / "m", tie_word_embeddings=False, num_hidden_layers=1)
-    plan = plan_gguf(folder, "TQ1_0").plan
+    plan = plan_gguf(Job(folder), "TQ1_0").plan
     assert plan["output.weight"].type == plan["token_embd.weight"].type == "Q8_0" and "never ternary" in plan["output.weight"].why
 
 
 def test_rows_that_do_not_divide(tmp_path):
-    plan = plan_gguf(llama(tmp_path / "m", hidden_size=384, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1), "TERNARY", force=True).plan
+    plan = plan_gguf(Job(llama(tmp_path / "m", hidden_size=384, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1)), "TERNARY", force=True).plan
     assert plan["blk.0.ffn_down.weight"].type == "TQ2_0", "768 columns do"
-    with pytest.raises(ConversionError): plan_gguf(sample_path(), "TERNARY")
+    with pytest.raises(ConversionError): plan_gguf(Job(sample_path()), "TERNARY")
     folder = llama(tmp_path / "n", intermediate_size=640, num_hidden_layers=1)
-    down = plan_gguf(folder, "TERNARY").plan["blk.0.ffn_down.weight"]
+    down = plan_gguf(Job(folder), "TERNARY").plan["blk.0.ffn_down.weight"]
     assert down.type == "Q8_0" and "640" in down.why
-    assert lossless(plan_gguf(folder, "TERNARY"), quantize(folder, "gguf", "TERNARY", output_dir=tmp_path, device="cpu").output_path)[0]
+    assert lossless(plan_gguf(Job(folder), "TERNARY"), quantize(folder, "gguf", "TERNARY", output_dir=tmp_path, device="cpu").output_path)[0]
 
 
 def test_experts(tmp_path):
@@ -157,13 +158,13 @@ def test_experts(tmp_path):
     folder = llama(tmp_path / "m", "Mixtral", num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
     made = lambda k, v: tritted(v) if "experts" in k else v
     whole = changed(folder, tmp_path / "whole", made)
-    plan = plan_gguf(whole, "TERNARY").plan
+    plan = plan_gguf(Job(whole), "TERNARY").plan
     assert plan["blk.0.ffn_up_exps.weight"].type == "TQ2_0" and plan["blk.0.ffn_gate_inp.weight"].type == "F32"
     result = quantize(whole, "gguf", "TERNARY", output_dir=tmp_path, device="cpu")
-    assert lossless(plan_gguf(whole, "TERNARY"), result.output_path)[0]
+    assert lossless(plan_gguf(Job(whole), "TERNARY"), result.output_path)[0]
     part = changed(whole, tmp_path / "part", lambda k, v: noise(v) if ".1." in k and "experts.3.w2" in k else v)
     assert any("experts.3.w2" in name for name in open_checkpoint(part).names)
-    assert plan_gguf(part, "TERNARY").plan["blk.1.ffn_down_exps.weight"].type == "Q8_0"
+    assert plan_gguf(Job(part), "TERNARY").plan["blk.1.ffn_down_exps.weight"].type == "Q8_0"
 
 
 @pytest.mark.parametrize("level, instead", [("TERNARY", "IQ2_XXS"), ("TQ2_0", "IQ2_XXS"), ("TQ1_0", "IQ1_M")])
@@ -186,7 +187,7 @@ class Counting(type(open_checkpoint(sample_path()))):
 
 def test_an_ordinary_model_is_known_by_its_first_rows():
     model = Counting(sample_path())
-    job = plan_gguf(sample_path(), "TERNARY", force=True)
+    job = plan_gguf(Job(sample_path()), "TERNARY", force=True)
     found = find_ternary(model, candidates(job.plan, job.specs))
     assert found.glanced and not found.ternary and found.share == 0 and model.asked == 28
 
@@ -194,14 +195,14 @@ def test_an_ordinary_model_is_known_by_its_first_rows():
 def test_half_of_the_weights_decide(trained, tmp_path):
     few = changed(trained, tmp_path / "few", lambda k, v: noise(v) if "mlp" in k else v)
     most = changed(trained, tmp_path / "most", lambda k, v: noise(v) if "self_attn" in k else v)
-    with pytest.raises(ConversionError, match="25.0%"): plan_gguf(few, "TERNARY")
-    assert plan_gguf(most, "TERNARY").plan.counts == {"Q8_0": 13, "TQ2_0": 9, "F32": 7}
+    with pytest.raises(ConversionError, match="25.0%"): plan_gguf(Job(few), "TERNARY")
+    assert plan_gguf(Job(most), "TERNARY").plan.counts == {"Q8_0": 13, "TQ2_0": 9, "F32": 7}
 
 
 @pytest.mark.parametrize("level", TYPE)
 def test_force_writes_the_optimum_under_importance(tmp_path, level):
     from llm_quantize.calibration.imatrix import ImportanceMatrix
-    job = plan_gguf(sample_path(), level, force=True)
+    job = plan_gguf(Job(sample_path()), level, force=True)
     theirs = plan_mix(TYPE[level], [(s.name, s.shape) for s in job.specs], facts(job))
     assert {t.name: t.type for t in job.plan} == {t.name: t.type for t in theirs}, "as llama.cpp's mix has them"
     importance = {s.name: torch.rand(1, s.shape[-1], generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.01 for s in job.specs if s.quantizable and s.layer is not None}
@@ -226,7 +227,7 @@ def facts(job):
 
 def test_a_typing_error_finds_ternary():
     from llm_quantize.errors import ArgumentError
-    with pytest.raises(ArgumentError) as caught: plan_gguf(sample_path(), "ternery")
+    with pytest.raises(ArgumentError) as caught: plan_gguf(Job(sample_path()), "ternery")
     assert "TERNARY" in caught.value.suggestion
 
 
@@ -237,7 +238,7 @@ def test_trilm(shared_model, tmp_path, level):
     from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
     folder = shared_model("trilm-27m")
     result = quantize(folder, "gguf", level, output_dir=tmp_path, device="cpu")
-    good, weights = lossless(plan_gguf(folder, level), result.output_path)
+    good, weights = lossless(plan_gguf(Job(folder), level), result.output_path)
     assert good and weights == 18_874_368
     tokens = windows(load_tokenizer(folder), bundled_text("heldout"), size=512, limit=2)
     whole, apart = decoded_kld(folder, result.output_path, tokens)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.models.job import Job
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.bitnet import BitNetCheckpoint, plain_weights, round_masters, unpack_trits
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
@@ -171,7 +172,7 @@ def test_what_the_rounding_of_inputs_changes(masters, tmp_path, monkeypatch):
 @pytest.mark.parametrize("level", ["TERNARY", "TQ1_0"])
 def test_ternary_files_lose_nothing(masters, tmp_path, form, level):
     folder = variant(masters, tmp_path / "bitnet", *FORMS[form])
-    job = plan_gguf(folder, level)
+    job = plan_gguf(Job(folder), level)
     assert isinstance(job.checkpoint, BitNetCheckpoint)
     file = open_gguf(quantize(folder, "gguf", level, output_dir=tmp_path, device="cpu").output_path)
     kinds = [t.type for t in job.plan if t.name.startswith("blk.") and t.type != "F32"]
@@ -193,7 +194,7 @@ def test_quality_and_info_read_every_form(masters, tmp_path, form):
 
 
 def test_masters_without_rounding_are_not_ternary(masters):
-    with pytest.raises(ConversionError, match="not ternary"): plan_gguf(masters, "TERNARY")
+    with pytest.raises(ConversionError, match="not ternary"): plan_gguf(Job(masters), "TERNARY")
 
 
 def test_importance_of_a_bitnet(masters, tmp_path, monkeypatch):
@@ -218,16 +219,16 @@ def test_names_of_1bitllm(masters, tmp_path):
 def test_packed_weights_of_another_family(tmp_path):
     "A Llama with packed matrices, as the Falcon-E models are: rows are paired after unpacking."
     folder = variant(sample_path(), tmp_path / "packed", BITLINEAR, lambda t: {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in packer(True)({k: v.float() for k, v in t.items()}).items()})
-    job = plan_gguf(folder, "TERNARY")
+    job = plan_gguf(Job(folder), "TERNARY")
     q, k = (next(s for s in job.specs if s.name == f"blk.1.attn_{x}.weight") for x in "qk")
-    assert q.way == k.way == "permute" and {t.type for t in job.plan if t.name.startswith("blk.")} == {"TQ2_0", "F32"}
+    assert q.transform == k.transform == "permute" and {t.type for t in job.plan if t.name.startswith("blk.")} == {"TQ2_0", "F32"}
     floats = open_checkpoint(sample_path())
     assert torch.allclose(q.load(job.checkpoint), q.load(floats).float().sign() * q.load(job.checkpoint).abs(), atol=0)
 
 
 @pytest.mark.parametrize("config, words", [({"hidden_act": "relu2"}, "relu2"), ({"hidden_act": None}, "relu2")])
 def test_what_llama_cpp_cannot_run(masters, tmp_path, config, words):
-    with pytest.raises(ConversionError, match=words) as caught: plan_gguf(variant(masters, tmp_path / "m", ONLINE, **config), "TERNARY")
+    with pytest.raises(ConversionError, match=words) as caught: plan_gguf(Job(variant(masters, tmp_path / "m", ONLINE, **config)), "TERNARY")
     assert caught.value.exit_code == 8
 
 
@@ -240,4 +241,4 @@ def test_an_output_matrix_of_its_own(masters, tmp_path):
 def test_other_quantized_checkpoints_are_still_refused(masters, tmp_path):
     folder = variant(masters, tmp_path / "m", {"quant_method": "gptq"})
     assert plain_weights(open_checkpoint(folder)).config["quantization_config"]["quant_method"] == "gptq"
-    with pytest.raises(ConversionError, match="gptq"): plan_gguf(folder, "Q8_0")
+    with pytest.raises(ConversionError, match="gptq"): plan_gguf(Job(folder), "Q8_0")
