@@ -437,6 +437,16 @@ def test_an_exported_cell_shows_its_source_under_the_names_it_defines():
     assert signatures == ["### b\n\nText."] and block.startswith("??? source")
 
 
+# ---- tests -------------------------------------------------------------------------------------------------
+
+def test_what_is_listed_as_slow_is_there():
+    listed = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split()
+    assert listed == sorted(set(listed))
+    there = {file: text_of(ROOT / file) for file in {name.split("::")[0] for name in listed} if (ROOT / file).exists()}
+    assert not [name for name in listed if f"def {name.split('::')[1]}(" not in there.get(name.split("::")[0], "")], (
+        "take these lines out of tests/slow.txt")
+
+
 # ---- packaging ---------------------------------------------------------------------------------------------
 
 def tracked_texts():
