@@ -447,6 +447,25 @@ def test_what_is_listed_as_slow_is_there():
         "take these lines out of tests/slow.txt")
 
 
+@cache
+def top_names():
+    "Module -> the names it binds at its top."
+    found = {}
+    for path in MODULES:
+        nodes = [node for top in tree_of(path).body for node in ast.walk(top)]
+        bound = {node.name for node in nodes if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+        bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        bound |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        found[dotted(path)] = bound
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_imports_what_there_is(path):
+    taken = imports_of(text_of(path))
+    assert not [f"{module}.{name}" for module, name in taken if name and name not in top_names().get(module, set())]
+
+
 # ---- packaging ---------------------------------------------------------------------------------------------
 
 def tracked_texts():
