@@ -8,14 +8,16 @@ and is not done on such a model.
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from analyze import RandomCheckpoint
 from llm_quantize.models.layer_stack import LayerStack
-from llm_quantize.calibration.effort import Effort
-from llm_quantize.gguf.feedback_pass import _encode_layer
+from llm_quantize.calibration.effort import EFFORTS
+from llm_quantize.gguf.feedback_pass import FeedbackSettings, encode_layer
 from llm_quantize.calibration.hessian import second_moments
 
 
@@ -45,7 +47,9 @@ def main():
         specs = [s for s in stack.tensors if s.layer == 0 and s.quantizable]
         for name in args.types:
             start = done()
-            _encode_layer(checkpoint, specs, {s.name: name for s in specs}, first, args.device, "fast", Effort(args.windows, 0, 0, args.readings))
+            plan = SimpleNamespace(checkpoint=checkpoint, types={s.name: name for s in specs})
+            effort = replace(EFFORTS["default"], moments=args.windows, tuning=0, passes=args.readings)
+            encode_layer(plan, specs, first, FeedbackSettings(effort, device=args.device))
             layer = done() - start
             print(f"{name:<8} {args.readings} readings, one layer {layer:6.1f} s, {32 * layer / 60:5.1f} minutes for 32; with moments {(32 * layer + spent * 32 / args.layers) / 60:5.1f} minutes", flush=True)
         if cuda: print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB allocated")

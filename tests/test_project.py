@@ -437,6 +437,35 @@ def test_an_exported_cell_shows_its_source_under_the_names_it_defines():
     assert signatures == ["### b\n\nText."] and block.startswith("??? source")
 
 
+# ---- tests -------------------------------------------------------------------------------------------------
+
+def test_what_is_listed_as_slow_is_there():
+    listed = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split()
+    assert listed == sorted(set(listed))
+    there = {file: text_of(ROOT / file) for file in {name.split("::")[0] for name in listed} if (ROOT / file).exists()}
+    assert not [name for name in listed if f"def {name.split('::')[1]}(" not in there.get(name.split("::")[0], "")], (
+        "take these lines out of tests/slow.txt")
+
+
+@cache
+def top_names():
+    "Module -> the names it binds at its top."
+    found = {}
+    for path in MODULES:
+        nodes = [node for top in tree_of(path).body for node in ast.walk(top)]
+        bound = {node.name for node in nodes if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+        bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        bound |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        found[dotted(path)] = bound
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_imports_what_there_is(path):
+    taken = imports_of(text_of(path))
+    assert not [f"{module}.{name}" for module, name in taken if name and name not in top_names().get(module, set())]
+
+
 # ---- packaging ---------------------------------------------------------------------------------------------
 
 def tracked_texts():
