@@ -166,7 +166,7 @@ class _Step:
 def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file, the smallest first
     if result.format == "smoothquant":
         tries = [{"alpha": "auto"}, {"alpha": "auto", "error_feedback": True}] + [{"alpha": "none"}] * (
-            result.recipe.alpha is not None
+            result.options.alpha is not None
         )
         words = [
             "--smoothquant --alpha auto",
@@ -174,11 +174,11 @@ def _steps(bench: _Bench, result, options: dict) -> list: # larger than the file
             "--smoothquant --alpha none",
         ]
         plan = plan_gguf(Job(bench.checkpoint, pre=options.get("pre")), "Q8_0")
-        known = (result.recipe.alpha, result.recipe.error_feedback)
+        known = (result.options.alpha, result.options.error_feedback)
         own = [
             _Step(w, result.file_size, t, "smoothquant")
             for w, t in zip(words, tries)
-            if result.recipe.static or (t["alpha"], t.get("error_feedback", False)) != known
+            if result.options.static_activations or (t["alpha"], t.get("error_feedback", False)) != known
         ]
         return [*own, _Step("gguf -q Q8_0", plan.file_bytes, {"quant_level": "Q8_0"})]
     if str(result.quantization_level).lower() == "dynamic":

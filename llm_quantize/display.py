@@ -98,23 +98,23 @@ def block_map(values: dict,  # (block, kind of tensor) -> number
 
 # %% ../nbs/display.ipynb #display-shown-figure
 @cache
-def _shown_figure(): # a class
+def _picture(): # a class
     "The class `Figure`, with a picture for notebooks."
     from matplotlib.figure import Figure
 
-    class ShownFigure(Figure):
+    class Picture(Figure):
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
             self.savefig(file, format="png", dpi=80)
             return file.getvalue()
 
-    return ShownFigure
+    return Picture
 
 def new_figure(width: float, height: float, # inches
                layout: str | None = "constrained"
               ):                              # matplotlib Figure
     "An empty figure that shows itself in a notebook, with pyplot or without."
-    return _shown_figure()(figsize=(width, height), layout=layout)
+    return _picture()(figsize=(width, height), layout=layout)
 
 # %% ../nbs/display.ipynb #display-heat-map
 def heat_map(values: dict,        # (block, kind of tensor) -> number; None or NaN leaves the place white

@@ -16,10 +16,11 @@ import torch
 
 from .imatrix import ImportanceMatrix
 from ..errors import ArgumentError
-from ..models.architectures import GGUFTensor, architecture
+from ..models.architectures import architecture
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.layer_stack import LayerStack, run_windows
 from ..models.listeners import Listener
+from ..models.transforms import GGUFTensor
 from ..models.views import View
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-find-spikes
@@ -68,13 +69,13 @@ def hf_place(tensor: GGUFTensor,         # of the GGUF
              expert: int | None = None # of a stacked tensor
             ) -> tuple:                  # name in the checkpoint, index of the row there
     "Where a row of a GGUF tensor lies in the checkpoint: the name, and what to put before the column."
-    if tensor.way == "permute":
+    if tensor.transform == "permute":
         order = (
             torch.arange(tensor.shape[0]).view(tensor.number, 2, -1).transpose(1, 2).flatten()
         )  # as architectures.permute rearranges rows
         return tensor.sources[0], (order[row].item(),)
-    if tensor.way == "half": return tensor.sources[0], (expert, row + int(tensor.number) * tensor.shape[-2])
-    if tensor.way == "stack": return tensor.sources[expert], (row,)
+    if tensor.transform == "half": return tensor.sources[0], (expert, row + int(tensor.number) * tensor.shape[-2])
+    if tensor.transform == "stack": return tensor.sources[expert], (row,)
     return tensor.sources[0], (row,) if expert is None else (expert, row)
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-zeroed

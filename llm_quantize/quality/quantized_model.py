@@ -15,11 +15,12 @@ import torch
 from ..compressed.directory import W8A8Model, is_int8_directory
 from ..errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
 from ..gguf.container import open_gguf
-from ..models.architectures import architecture, hf_tensors
+from ..models.architectures import architecture
 from ..models.bitnet import plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.memory import available_memory
 from ..models.reference import float_module, load_float
+from ..models.transforms import hf_tensors
 from ..quants.qtypes import QTYPES
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-metadata-differences
@@ -53,7 +54,7 @@ def _metadata_differences(checkpoint: Checkpoint, found: dict) -> list[str]:
 def _tensor_differences(specs: list, found: dict) -> list[str]:
     "What the GGUF's table of tensors says otherwise than the checkpoint's."
     expected = {spec.name: spec for spec in specs}
-    absent = [name for name, spec in expected.items() if name not in found and spec.way not in ("computed", "tied")]
+    absent = [name for name, spec in expected.items() if name not in found and spec.transform not in ("computed", "tied")]
     extra = [
         name for name in found if name not in expected and name != "output.weight" and not name.startswith("rope_f")
     ]

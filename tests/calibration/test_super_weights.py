@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_quantize.models.layer_stack import LayerStack
-from llm_quantize.models.architectures import architecture, permute
+from llm_quantize.models.architectures import architecture
+from llm_quantize.models.transforms import permute
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError

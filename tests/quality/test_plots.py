@@ -8,7 +8,7 @@ import torch
 
 from llm_quantize.errors import ArgumentError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
-from llm_quantize.quality.plots import importance_grid, plot_channels, plot_importance, plot_super_weights
+from llm_quantize.quality.plots import importance_map, plot_channels, plot_importance, plot_super_weights
 from llm_quantize.calibration.super_weights import SuperWeight, SuperWeights
 
 KINDS = ("attn_q", "ffn_up", "ffn_down") # in the order of data through a block
@@ -36,18 +36,19 @@ def png(figure):
     return file.getvalue()
 
 
-def test_the_grid_holds_the_statistics(matrix):
-    grid, kinds = importance_grid(matrix)
-    assert kinds == list(KINDS) and grid.shape == (3, 12) and np.isnan(grid[1, 5]) and np.isfinite(grid).sum() == 35
-    assert grid[0, 10] == pytest.approx(matrix.sums["blk.10.attn_q.weight"].mean().item()) and grid[0, 10] != pytest.approx(grid[0, 1])
-    assert np.isnan(importance_grid(matrix, "cosine")[0][:, 0]).all()
+def test_the_map_holds_the_statistics(matrix):
+    values = importance_map(matrix)
+    assert len(values) == 35 and {kind for _, kind in values} == set(KINDS) and (5, "ffn_up") not in values
+    assert values[10, "attn_q"] == pytest.approx(matrix.sums["blk.10.attn_q.weight"].mean().item()) != pytest.approx(values[1, "attn_q"])
+    assert importance_map(matrix, "cosine")[0, "attn_q"] is None
 
 
 @pytest.mark.parametrize("field", ["mean", "max", "total", "active", "entropy_normalized", "zd", "cosine"])
 def test_heat_map(matrix, field):
-    figure = plot_importance(matrix, field)
-    shown, grid = np.ma.filled(figure.axes[0].images[0].get_array().astype(float), np.nan), importance_grid(matrix, field)[0]
-    np.testing.assert_allclose(shown, np.log10(grid) if field in ("mean", "max", "total") else grid)
+    figure, values = plot_importance(matrix, field), importance_map(matrix, field)
+    shown = np.ma.filled(figure.axes[0].images[0].get_array().astype(float), np.nan)
+    expected = np.array([[values.get((block, kind)) for block in range(12)] for kind in KINDS], dtype=float)
+    np.testing.assert_allclose(shown, np.log10(expected) if field in ("mean", "max", "total") else expected)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(KINDS) and png(figure)[:4] == b"\x89PNG"
 
 
