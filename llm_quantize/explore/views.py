@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..calibration.imatrix import STATISTICS, ImportanceMatrix
+from ..calibration.imatrix import ImportanceMatrix
+from ..calibration.imatrix_statistics import STATISTICS
 from ..calibration.sensitivity import Sensitivity
 from ..calibration.super_weights import SuperWeights
 from ..display import flow, human_size
