@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import torch
 
-from ..display import html_summary, markdown_table
+from ..display import html_summary, html_text, markdown_table
 from ..errors import ImatrixError
 from ..files import aside
 from ..models.architectures import GGUFTensor
@@ -121,7 +121,7 @@ class ImportanceMatrix(_Importance):
         "A summary for JSON."
         return _summary(self)
 
-    def _repr_markdown_(self) -> str: return f"{self!r}\n\n{markdown_table(block_rows(self))}"
+    def _repr_markdown_(self) -> str: return f"{html_text(repr(self))}\n\n{markdown_table(block_rows(self))}"
 
     def _repr_html_(self) -> str: return html_summary(repr(self), strength_map(self), block_rows(self))
 

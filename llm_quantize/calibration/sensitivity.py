@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .effort import Effort, find_effort
-from .hessian import Curvature, curvature
+from .hessian import Curvature, loss_curvature
 from .imatrix import ImportanceMatrix, importance_of
 from .probe import Probe, probe_of, texts
 from ..errors import ArgumentError, ProfileError
@@ -259,7 +259,7 @@ def _keeper(path: Path | None) -> Callable: # Sensitivity -> None
 # %% ../../nbs/calibration/09_sensitivity.ipynb #sensitivity-predict-all
 def _predict_all(job: Job, ids: torch.Tensor, imatrix: ImportanceMatrix | None, rows: int) -> tuple[TensorCosts, ...]:
     "The predicted costs of all tensors, from so many rows of each."
-    curved = curvature(job.stack(torch.float32), ids, progress=job.told("curvature of the loss"))
+    curved = loss_curvature(job.stack(torch.float32), ids, progress=job.told("curvature of the loss"))
     specs = [t for t in job.tensors.values() if t.quantizable and t.way not in ("computed", "tied")]
     costs = []
     for done, spec in enumerate(specs):

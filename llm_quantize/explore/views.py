@@ -21,7 +21,7 @@ from ..errors import ArgumentError
 from .chart_data import chart_frame, chart_series, heat_frame, heat_grid, html_frame, note_frame
 from .token_view import token_frame
 from .widget import Control, Explorer, Panel
-from ..gguf.allocation import Choice, apply_rules, reachable
+from ..gguf.allocation import TypeChoice, apply_rules, reachable
 from ..gguf.plan import plan_gguf
 from ..gguf.profiles import PRESETS, Profile, Target
 from ..gguf.resolution import choose_types
@@ -193,7 +193,7 @@ class _Chooser:
     "Types for a size, chosen from costs that are known."
 
     def __init__(self, found: Sensitivity, model, profiles: tuple):
-        self.choices = [Choice(t.name, t.shape, t.costs) for t in found.tensors]
+        self.choices = [TypeChoice(t.name, t.shape, t.costs) for t in found.tensors]
         self.weights, self.fixed = sum(c.weights for c in self.choices), 0
         if model is not None:
             job = plan_gguf(model, "Q8_0")  # its metadata and norms are those of every plan

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..display import html_summary
+from ..display import html_summary, html_text, markdown_table
 from .mixes import bits_map
 
 # %% ../../nbs/gguf/16_result.ipynb #result-quantizationresult
@@ -41,7 +41,8 @@ class QuantizationResult:
     protection: dict | None = None # what was done for super weights, if it was asked for
 
     def __repr__(self) -> str:
-        return f"QuantizationResult({Path(self.output_path).name}: {self.file_size:,} bytes, {self.effective_bpw:.3f} bits per weight)"
+        size = f"{self.file_size:,} bytes, {self.effective_bpw:.3f} bits per weight"
+        return f"QuantizationResult({Path(self.output_path).name}: {size})"
 
     @property
     def effective_bpw(self) -> float:
@@ -118,14 +119,12 @@ class QuantizationResult:
         return [["type", "tensors", "weights", "bytes", "relative error"], *rows]
 
     def _facts(self) -> str:
-        return f"{self.file_size / 1e6:,.2f} MB · {self.effective_bpw:.3f} bits per weight · {100 * self.compression_ratio:.1f} % of the original"
+        size, share = f"{self.file_size / 1e6:,.2f} MB", f"{100 * self.compression_ratio:.1f} % of the original"
+        return f"{size} · {self.effective_bpw:.3f} bits per weight · {share}"
 
     def _repr_markdown_(self) -> str:
-        header, *rows = self._rows()
-        lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
-        return "\n".join(
-            [f"**{Path(self.output_path).name}** · {self._facts()}", "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:]]
-        )
+        name = html_text(Path(self.output_path).name)
+        return f"**{name}** · {self._facts()}\n\n{markdown_table(self._rows())}"
 
     def _repr_html_(self) -> str:
         return html_summary(

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from llm_quantize.gguf import profiles
-from llm_quantize.gguf.allocation import Choice, Rule
+from llm_quantize.gguf.allocation import TypeChoice, Rule
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError, ProfileError
 from llm_quantize.gguf.profiles import PRESETS, Profile, Target, facts_of, list_profiles, make_target, type_map
 from llm_quantize.gguf.resolution import check_fit, choose_types, make_plan
 from llm_quantize.quants.qtypes import qtype
-from llm_quantize.gguf.tensor_rules import kept_float
+from llm_quantize.gguf.tensor_rules import why_f32
 
 TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
@@ -25,7 +25,7 @@ def specs():
 
 
 @pytest.fixture(scope="module")
-def choices(specs): return [Choice(n, s, {t: (1 + i % 5) * 4 ** -qtype(t).bpw for t in TYPES}) for i, (n, s) in enumerate(specs) if not kept_float(n, s)]
+def choices(specs): return [TypeChoice(n, s, {t: (1 + i % 5) * 4 ** -qtype(t).bpw for t in TYPES}) for i, (n, s) in enumerate(specs) if not why_f32(n, s)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_presets_come_to_their_bits(choices, name, bits):
 
 
 def test_an_impossible_preset_goes_to_the_nearest_size_but_a_wish_is_refused(specs):
-    small = [Choice(n, s, {t: 4 ** -qtype(t).bpw for t in ("IQ4_NL", "Q8_0")}) for n, s in specs if not kept_float(n, s)]
+    small = [TypeChoice(n, s, {t: 4 ** -qtype(t).bpw for t in ("IQ4_NL", "Q8_0")}) for n, s in specs if not why_f32(n, s)]
     assert block_bits(small, choose_types(PRESETS["compression-max"], small, 0, 1).types) == 4.5
     with pytest.raises(ArgumentError, match="cannot be met"): choose_types(replace(PRESETS["compression-max"], name="mine"), small, 0, 1)
 
@@ -74,7 +74,7 @@ def test_one_target_at_a_time():
         with pytest.raises(ArgumentError): make_target(*arguments)
 
 
-def full(specs): return Profile("mine", Target(3.1, "file"), "ünï", (Rule("attn_v", least="Q6_K"),), False, facts_of("llama", specs), {n: "IQ3_XXS" for n, s in specs if not kept_float(n, s)})
+def full(specs): return Profile("mine", Target(3.1, "file"), "ünï", (Rule("attn_v", least="Q6_K"),), False, facts_of("llama", specs), {n: "IQ3_XXS" for n, s in specs if not why_f32(n, s)})
 
 
 def test_files_come_back_as_they_were(specs, tmp_path, own_folder):
