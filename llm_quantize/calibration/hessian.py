@@ -149,11 +149,8 @@ class Curvature:
 class _CurvatureSums(Listener):
     "Adds up s x x^T and g^2, token after token."
     def __init__(self, inputs: list):
-        self.h, self.rho, self.columns = (
-            {},
-            {},
-            {name: (read.matrices, read.columns) for read in inputs for name in read.names},
-        )
+        self.h, self.rho = {}, {}
+        self.columns = {name: (read.matrices, read.columns) for read in inputs for name in read.names}
 
     def gradient(self, name: str, x: torch.Tensor, g: torch.Tensor, expert: int) -> None:
         matrices, columns = self.columns[name]

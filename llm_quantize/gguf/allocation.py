@@ -83,6 +83,7 @@ class Rule:
             if value is not None
         }
 
+# %% ../../nbs/gguf/04_allocation.ipynb #allocation-fitting
 def fitting(type: str,   # what is wanted
             columns: int # length of a row
            ) -> str:     # the type itself, or the one that takes its place
@@ -148,6 +149,7 @@ def _table(
         at -= int(own[picked[-1]])
     return picked[::-1]
 
+# %% ../../nbs/gguf/04_allocation.ipynb #allocation-mend
 def _mend(picked: list, sizes: list, costs: list, budget: int) -> list:
     "Where rounding asked for more than the budget: give back bytes where that costs least."
     while (over := sum(int(s[i]) for s, i in zip(sizes, picked)) - budget) > 0:
@@ -267,6 +269,7 @@ def _scaled(choices: list, belongs: Callable, factor: float) -> list:
         for choice in choices
     ]
 
+# %% ../../nbs/gguf/04_allocation.ipynb #allocation-trial
 @dataclass(frozen=True)
 class Trial:
     "One change that was tried."

@@ -211,6 +211,7 @@ def _pieces(made, name: str, size: int): # arrays of bytes, as the producer hand
         raise ValidationError(f"tensor {name} was produced with {total} bytes where its shape and type need {size}",
                               "report this: the plan and the encoder disagree")
 
+# %% ../../nbs/gguf/01_container.ipynb #container-write-gguf
 def write_gguf(
     path: str | Path,  # the file to write
     metadata: dict,  # GGUF key -> value
@@ -311,6 +312,7 @@ def _read_info(cursor: _Cursor) -> tuple: # name, type, shape, offset in the dat
         raise cursor.damaged(f"rows of tensor {name} have {shape[-1]} weights, {type} needs a multiple of {block}")
     return name, type, shape, offset, prod(shape) // block * size
 
+# %% ../../nbs/gguf/01_container.ipynb #container-read-front
 def _read_front(path: Path) -> tuple: # metadata, {name: (type, shape)}, {name: (path, offset, bytes)}
     "Header, metadata and tensor table of one file."
     with open(path, "rb") as file:

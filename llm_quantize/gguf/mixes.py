@@ -62,6 +62,7 @@ _MIXES = [
     ("TQ1_0", 36, "TQ1_0", "the same in 1.7 bits"),
 ]
 
+# %% ../../nbs/gguf/03_mixes.ipynb #mixes-mixes
 MIXES = {row[0]: Mix(*row) for row in _MIXES}
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "TERNARY": "TQ2_0"}
 
