@@ -46,7 +46,7 @@ class Setting:
 
     def check_files(self, paths: list) -> None:
         "Raise `ArgumentError` if one of the quantized models is none that the backend can run."
-        folders = [path for path in paths if Path(path).is_dir()]
+        folders = [path for path in paths if isinstance(path, Checkpoint) or Path(path).is_dir()]
         if self.backend == "llama.cpp" and folders:
             raise ArgumentError(f"llama.cpp cannot run {folders[0]}: it is a directory, and no GGUF file",
                                 "leave out --backend llama.cpp")
@@ -132,7 +132,7 @@ _LAYER_WINDOWS = 8
 class Bench(Reference):
     "An original model and a text, ready to be compared with one quantized model after the other."
 
-    def open(self, path: str | Path): # GGUFModel, FloatModel or W8A8Model
+    def open(self, path: str | Path | Checkpoint): # GGUFModel, FloatModel or W8A8Model
         "A quantized model, checked against the original's header; its weights are not read."
         self.setting.check_files([path])
         return open_quantized(self.checkpoint, path)

@@ -23,7 +23,7 @@ from .report import REPORT_FORMS, QualityReport
 # %% ../../nbs/quality/11_evaluate.ipynb #evaluate-quality-report
 def quality_report(
     original: str | Path | Checkpoint,
-    quantized: str | Path,
+    quantized: str | Path | Checkpoint,
     *,
     calibration_data: str | Path | None = None,
     calibration_samples: int = 256,
@@ -40,7 +40,7 @@ def quality_report(
 
     Args:
         original: what it was made from: a Hugging Face directory, a Hub id, or an opened checkpoint.
-        quantized: a GGUF file, or a directory of the same model.
+        quantized: a GGUF file, or a directory or opened checkpoint of the same model.
         calibration_data, calibration_samples: text and windows of 512 tokens, at most; default: the held-out text.
         include_layers, coherence_check, prompts: measure tensors and blocks, too; let it speak, too, on more prompts.
         output: file to write; its ending chooses the form: .json, .md or .html.
@@ -114,7 +114,7 @@ def compare(
 # %% ../../nbs/quality/11_evaluate.ipynb #evaluate-check-coherence
 def check_coherence(
     original: str | Path | Checkpoint,
-    quantized: str | Path,
+    quantized: str | Path | Checkpoint,
     *,
     prompts: str | Path | None = None,
     device: str | None = None,
@@ -124,7 +124,7 @@ def check_coherence(
 
     Args:
         original: what it was made from: a Hugging Face directory, a Hub id, or an opened checkpoint.
-        quantized: a GGUF file, or a directory of the same model.
+        quantized: a GGUF file, or a directory or opened checkpoint of the same model.
         prompts: a file of prompts to add to the bundled ones: one a line, or .json.
         device: default: CUDA where there is one.
         progress: called with (steps done, steps in all).

@@ -83,9 +83,7 @@ class GGUFModel:
         words = f"{self.name} is not a quantization of {self.checkpoint.name}: it has {differences[0]}{more}"
         raise ConversionError(words, "give the Hugging Face directory this file was made from")
 
-    def decode(self, spec) -> torch.Tensor: # float32
-        "A tensor of the file in the shape that the checkpoint's table of tensors says."
-        return self.file.decode(spec.name).view(spec.shape)
+    def decode(self, spec) -> torch.Tensor: return self.file.decode(spec.name).view(spec.shape) # float32
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         "The decoded model as a torch module of the original's class."
