@@ -69,10 +69,9 @@ class Loaded:
     def __init__(self,
                  opened,           # from `Bench.open`
                  place: Placement, # where torch runs it
-                 backend: str,     # "torch" or "llama.cpp"
-                 size: int):       # tokens in a window
-        self.opened, self._place = opened, place
-        self._judge = LlamaCppModel(opened.path, size, torch.get_num_threads()) if backend == "llama.cpp" else None
+                 backend: str):    # "torch" or "llama.cpp"
+        self.opened, self._place, self._judge = opened, place, None
+        if backend == "llama.cpp": self._judge = LlamaCppModel(opened.path, threads=torch.get_num_threads())
 
     @cached_property
     def module(self): # transformers causal language model
@@ -139,16 +138,16 @@ class Bench(Reference):
 
     def load(self, opened) -> Loaded: # from `open`
         "A quantized model, ready to run beside the original."
-        size = self.ids.shape[1]
-        return Loaded(opened, self.place, self.setting.backend, size)
+        return Loaded(opened, self.place, self.setting.backend)
 
     def scores(self, loaded: list[Loaded],
                windows: int | None = None,       # the first ones; default: all
                progress: Callable | None = None  # (windows done, windows in all)
               ) -> list[TokenScores]:            # one for each model
         "Run the original and some quantized models over the text, in one pass."
+        ids, original = self.ids[:windows], self.original # a text that cannot be used is refused before
         names, runners = [model.opened.name for model in loaded], [model.runner for model in loaded]
-        return score_windows(self.original, runners, self.ids[:windows], names=names, progress=progress)
+        return score_windows(original, runners, ids, names=names, progress=progress)
 
     def layer_errors(self, loaded: Loaded,
                      windows: int = _LAYER_WINDOWS # the first ones

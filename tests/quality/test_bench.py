@@ -54,7 +54,7 @@ def test_several_in_one_pass_are_what_they_are_alone(sample_model, files):
 def test_a_loaded_model_gives_its_memory_back(sample_model, files):
     bench = Bench(sample_model, Setting(samples=1, device="cpu"))
     with bench.load(bench.open(files[0])) as loaded:
-        bench.scores([loaded])
+        bench.scores([loaded], windows=1)
         assert "module" in vars(loaded)
     assert "module" not in vars(loaded)
 
@@ -69,5 +69,5 @@ def test_an_opened_checkpoint_is_as_good_as_a_path(sample_model):
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(setting, error, sample_model, files, counted):
     with pytest.raises(error):
         bench = Bench(sample_model, Setting(**setting))
-        bench.load(bench.open(files[0]))
+        with bench.load(bench.open(files[0])) as loaded: bench.report(loaded)
     assert "load_float" not in counted
