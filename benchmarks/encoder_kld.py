@@ -26,14 +26,14 @@ def fill(model, tensors, checkpoint, imatrix, name, way):
     "Give the model the weights that a file of that type would have; returns the share of tensors' weighted signal lost."
     parameters, lost, encoders = dict(model.named_parameters()), [], (blocks.ENCODERS.copy(), blocks.THOROUGH.copy())
     search, *changes = way.split(":")
-    changes = {k: None if v == "none" else float(v) for k, v in zip(("damping", "stretch"), changes) if v}
+    changes = {k: None if v == "none" else float(v) for k, v in zip(("damping", "shrink_compensation"), changes) if v}
     for table in (blocks.ENCODERS, blocks.THOROUGH):
         if name in table: table[name] = replace(table[name], **changes)
     for tensor in tensors:
         x = tensor.load(checkpoint).float().contiguous()
         rows = x.flatten(0, -2)
         importance = imatrix.importance(tensor.name, rows.shape[1]).contiguous()
-        decoded = decode(encode(rows, name, importance, search=search, compile=True), name)
+        decoded = decode(encode(rows, name, importance, search=search, compiled=True), name)
         lost.append(((importance * (decoded - rows).square()).sum() / (importance * rows.square()).sum()).item())
         for target, weights in tensor.to_hf(decoded.view_as(x)).items(): parameters[target].copy_(weights)
     for table, before in zip((blocks.ENCODERS, blocks.THOROUGH), encoders): table.update(before)

@@ -53,7 +53,7 @@ def first_call(name, device, rows, search):
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        encode(x, name, importance, search=search, compile=True)
+        encode(x, name, importance, search=search, compiled=True)
         if device != "cpu": torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[0] - seconds[1]
@@ -69,7 +69,7 @@ def measure(name, threads, rows, rounds, device, search):
     x, importance = x.to(device), importance.to(device)
     for compiled in (False, True):
         def run():
-            encode(x, name, importance, search=search, compile=compiled)
+            encode(x, name, importance, search=search, compiled=compiled)
             if device != "cpu": torch.cuda.synchronize()
         run()
         speeds.append(best(run, x.numel(), rounds))

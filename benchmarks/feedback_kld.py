@@ -18,7 +18,7 @@ from llm_quantize.calibration.text import load_tokenizer, read_text, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.quants.codec import decode, encode
 from llm_quantize.errors import ArgumentError
-from llm_quantize.quants.error_feedback import feedback_encode
+from llm_quantize.quants.refine import feedback_encode
 from llm_quantize.models.reference import load_float
 from llm_quantize.calibration.hessian import second_moments
 from llm_quantize.gguf.scale_tuning import tune
@@ -97,7 +97,7 @@ def main():
         steps = {"reference": lambda: (reference(weights, name, plain), {}),
                  "search": lambda: ({k: (name, encode(w, name, plain[k][0].diagonal().contiguous())) for k, w in weights.items()}, {}),
                  "feedback": lambda: (fed(weights, name, plain), {}), "end-loss": lambda: (fed(weights, name, end_loss), {}),
-                 "descent": lambda: (fed(weights, name, end_loss, readings=3), {}),
+                 "descent": lambda: (fed(weights, name, end_loss, descent_passes=3), {}),
                  "tuned": lambda: (lambda t: (done["descent"] | t.encoded, t.norms))(tune(checkpoint, specs, done["descent"], ids, epochs=args.epochs, batch=4, device=args.device))}
         for label, make in steps.items():
             start = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llm_quantize.quants import blocks
+from llm_quantize.quants import compile as compiling
 from llm_quantize.calibration.text import load_tokenizer, read_text, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.quants.codec import SEARCHES
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=["reference", "fast", "best"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    blocks.COMPILE_FROM = 0 # each type is used in many files
+    compiling.COMPILE_FROM = 0 # each type is used in many files
     checkpoint, imatrix = open_checkpoint(args.model), ImportanceMatrix.load(args.imatrix)
     ids, original = windows(load_tokenizer(checkpoint.path), read_text(args.text), limit=args.windows), load_float(checkpoint)
     print(f"{checkpoint.name}, {checkpoint.parameters:,} weights; {len(ids)} windows of {ids.shape[1]} tokens; torch {torch.__version__}, threads {args.threads}")

@@ -73,7 +73,7 @@ def main():
         first, first_tuned = None, None
         for n in args.readings:
             for again in args.again if n else args.again[:1]:
-                encoded, label = fed(weights, name, moments, damping=args.damping, readings=n, again=again), f"{n} readings" + (f", {again} points" if n and len(args.again) > 1 else "")
+                encoded, label = fed(weights, name, moments, damping=args.damping, descent_passes=n, descent_points=again), f"{n} readings" + (f", {again} points" if n and len(args.again) > 1 else "")
                 klds = judge(encoded, {})
                 first = first or klds
                 print(f"{name:<8}{label:<21}{row(klds, first)}", flush=True)
@@ -81,7 +81,7 @@ def main():
                 klds = tuned(encoded)
                 first_tuned = first_tuned or klds
                 print(f"{name:<8}{'  then tuned':<21}{row(klds, first_tuned)}", flush=True)
-        for p in args.scales: print(f"{name:<8}{f'scaled {p}':<21}{row(judge({}, scaled(weights, name, moments, p, damping=args.damping, readings=0)), first)}", flush=True)
+        for p in args.scales: print(f"{name:<8}{f'scaled {p}':<21}{row(judge({}, scaled(weights, name, moments, p, damping=args.damping, descent_passes=0)), first)}", flush=True)
 
 
 if __name__ == "__main__": main()

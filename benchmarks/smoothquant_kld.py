@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.quality.evaluate import compare
-from llm_quantize.compressed.smoothing import ModelFolds, fold_tensor
+from llm_quantize.compressed.families import ModelMappings
+from llm_quantize.compressed.smoothing import fold_tensor
 from llm_quantize.compressed.convert import smoothquant
 
 SIZE = 256
@@ -30,16 +31,17 @@ PEER = [("rtn", 0.5), ("gptq", 0.5), ("smoothquant-rtn", 0.5), ("smoothquant-rtn
 
 def plant(model, folder):
     "A copy of the model with loud channels."
-    checkpoint, plan = open_checkpoint(model), ModelFolds(open_checkpoint(model))
+    checkpoint = open_checkpoint(model)
+    plan = ModelMappings(checkpoint)
     shutil.copytree(checkpoint.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     out = {name: checkpoint.tensor(name).float() for name in plan.rest}
-    for i, layer in plan.layers.items():
+    for i, names in plan.names.items():
         folded = []
-        for k, fold in enumerate(f for f in plan.folds[i] if f.kind == "norm"):
-            factors = torch.ones(fold.stop - fold.start)
+        for k, mapping in enumerate(m for m in plan.layers[i].mappings if m.kind == "norm"):
+            factors = torch.ones(mapping.stop - mapping.start)
             factors[torch.randperm(len(factors), generator=torch.Generator().manual_seed(10 * i + k))[:4]] = 1 / 80
-            folded.append((fold, factors))
-        for plain, name in layer.items(): out[name] = fold_tensor(plain, checkpoint.tensor(name), folded)
+            folded.append((mapping, factors))
+        for within, name in names.items(): out[name] = fold_tensor(within, checkpoint.tensor(name), folded)
     if checkpoint.config.get("tie_word_embeddings"): out.pop("lm_head.weight", None)
     save_file({k: t.contiguous() for k, t in out.items()}, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -78,7 +80,9 @@ def main():
     found, seconds = {}, {}
     for name, options in OURS.items():
         start = time.monotonic()
-        found[f"ours {name}"] = smoothquant(model, output_dir=args.out, output_name=f"ours-{name.replace(', ', '-')}", calibration_data=ids, **options).output_path
+        folder = f"ours-{name.replace(', ', '-')}"
+        result = smoothquant(model, output_dir=args.out, output_name=folder, ids=ids, **options)
+        found[f"ours {name}"] = result.output_path
         seconds[f"ours {name}"] = time.monotonic() - start
     for method, alpha in PEER if args.peer else []:
         name, start = f"{method} {alpha}" if "smooth" in method else method, time.monotonic()

@@ -163,11 +163,11 @@ def _larger_targets(job: Job, size: int) -> list[Step]: # of "dynamic"; at most 
 
 def _other_strengths(job: Job, result) -> list[Step]: # of int8 directories
     "Settings that the file was not made with, and at last a GGUF file of its size."
-    recipe, steps = result.recipe, []
+    made, steps = result.options, []
     for words, options in _STRENGTHS.items():
-        same = (options["alpha"], options.get("error_feedback", False)) == (recipe.alpha, recipe.error_feedback)
-        known = same or (options["alpha"] == "none" and recipe.alpha is None)
-        if recipe.static or not known:
+        same = (options["alpha"], options.get("error_feedback", False)) == (made.alpha, made.error_feedback)
+        known = same or (options["alpha"] == "none" and made.alpha is None)
+        if made.static_activations or not known:
             steps.append(Step(words, result.file_size, {"smoothquant": True} | options, "smoothquant"))
     return [*steps, Step("gguf -q Q8_0", plan_gguf(job, "Q8_0").file_bytes, {"quant_level": "Q8_0"})]
 

@@ -21,8 +21,11 @@ import torch
 from .acceptance import judge, prepare
 from .calibration.analysis import Analysis, measure_importance
 from .calibration.imatrix import ImportanceMatrix
-from .compressed.convert import SmoothQuantResult
-from .compressed.convert import smoothquant as convert_to_int8
+from .calibration.text import text_of
+from .compressed.convert import Destination, check_destination, convert_checkpoint
+from .compressed.directory import SHARD
+from .compressed.layer import SmoothQuantOptions
+from .compressed.result import SmoothQuantResult
 from .display import closest, parse_size
 from .errors import ArgumentError, ConversionError
 from .gguf.mixes import find_mix
@@ -141,15 +144,15 @@ def _request(level: str | None, given: dict) -> Request:
 
 def _smoothquant(job: Job, given: dict) -> SmoothQuantResult:
     "Make the int8 directory; its time is the user's."
-    begun = time.monotonic()
-    keep = _checkpoint_folder(given["checkpoint_dir"], given["no_checkpoints"], given["resume"])
-    shard = given["max_shard_size"]
-    options = {"max_shard_size": parse_size(shard)} if shard else {}
-    for name in ("output_dir", "output_name", "calibration_data", "calibration_samples", "error_feedback",
-                 "static_activations", "resume"): options[name] = given[name]
+    begun, shard = time.monotonic(), given["max_shard_size"]
     alpha = 0.5 if given["alpha"] is None else given["alpha"]
-    result = convert_to_int8(job.checkpoint, alpha=alpha, checkpoint_dir=keep, device=job.device,
-                             progress=job.progress, **options)
+    how = SmoothQuantOptions(alpha, given["error_feedback"], given["static_activations"])
+    place = Destination(given["output_dir"], given["output_name"], parse_size(shard) if shard else SHARD)
+    check_destination(job.checkpoint, how, place)
+    ids = text_of(job, given["calibration_data"]).windows(given["calibration_samples"])
+    keep = _checkpoint_folder(given["checkpoint_dir"], given["no_checkpoints"], given["resume"])
+    run = {"checkpoint_dir": keep, "resume": given["resume"], "device": job.device, "progress": job.progress}
+    result = convert_checkpoint(job.checkpoint, ids, how, place, **run)
     return replace(result, duration_seconds=time.monotonic() - begun, peak_memory_bytes=peak_memory())
 
 # %% ../nbs/api.ipynb #api-plan-only

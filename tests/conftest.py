@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items):
         if item.originalname in llama_users(item.path): item.add_marker(pytest.mark.llama)
 
 
+@pytest.fixture(autouse=True)
+def checkpoints_apart(tmp_path, monkeypatch):
+    "Tests that run side by side do not keep finished layers in one ./.checkpoint."
+    monkeypatch.setenv("LLM_QUANTIZE_CHECKPOINT_DIR", str(tmp_path / "checkpoints"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     "The root of the repository."

@@ -20,7 +20,7 @@ DATA = Path(__file__).resolve().parent / "data"
 IMATRIX = DATA / "sample-4m-llama.imatrix.gguf"
 
 # name: (format, level, options)
-WAYS = {
+TRANSFORMS = {
     "Q8_0": ("gguf", "Q8_0", {}),
     "Q4_K_M": ("gguf", "Q4_K_M", {}),
     "Q2_K": ("gguf", "Q2_K", {}),
@@ -37,11 +37,11 @@ def digest(path: Path) -> str:
 
 
 def made(name: str, folder: str) -> str:
-    "Quantize the sample model in one of the `WAYS` and give its digest."
+    "Quantize the sample model in one of the `TRANSFORMS` and give its digest."
     import llm_quantize
     from llm_quantize.api import quantize
 
-    output, level, options = WAYS[name]
+    output, level, options = TRANSFORMS[name]
     sample = Path(llm_quantize.__file__).parent / "data" / "sample-4m"
     result = quantize(sample, output, level, output_dir=folder, device="cpu", **options)
     return digest(Path(result.output_path))
@@ -54,4 +54,4 @@ def main(names: list[str]) -> None:
             print(json.dumps([name, made(name, folder)]), flush=True)
 
 
-if __name__ == "__main__": main(sys.argv[1:] or list(WAYS))
+if __name__ == "__main__": main(sys.argv[1:] or list(TRANSFORMS))

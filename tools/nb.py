@@ -40,16 +40,19 @@ def name_cells(nb, path):
         cell["id"] = cell_id(cell, stem, taken)
 
 
-def execute(nb, folder, timeout):
-    "Run every cell but those marked `#| eval: false`; what they print is kept."
-    skipped = {c["id"]: c.source for c in nb.cells if c.cell_type == "code" and re.search(r"^#\|\s*eval:\s*false", c.source, re.M)}
+def execute(nb, folder, timeout, slow=False):
+    """Run the cells and keep what they print. Cells marked `#| eval: false` are left out; so are those marked `#| slow`,
+    which keep the outputs they have, unless `slow`."""
+    def left_out(cell):
+        return cell.cell_type == "code" and re.search(r"^#\|\s*eval:\s*false" + ("" if slow else r"|^#\|\s*slow"), cell.source, re.M)
+    kept = {cell["id"]: (cell.source, cell.outputs) for cell in nb.cells if left_out(cell)}
     for cell in nb.cells:
-        if cell["id"] in skipped: cell.source = ""
+        if cell["id"] in kept: cell.source = ""
     try:
         NotebookClient(nb, timeout=timeout, store_widget_state=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}}).execute()
     finally:
         for cell in nb.cells:
-            if cell["id"] in skipped: cell.source = skipped[cell["id"]]
+            if cell["id"] in kept: cell.source, cell.outputs = kept[cell["id"]]
 
 
 def finish(nb, path, run, timeout):

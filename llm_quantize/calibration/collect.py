@@ -18,7 +18,8 @@ from .resume import RunState, WaitingOnDisk, saved_run
 from ..errors import ArgumentError, CheckpointError, ImportanceError
 from ..files import AGAIN
 from ..models.fingerprint import fingerprint
-from ..models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
+from ..models.hidden_states import HiddenStates
+from ..models.layer_stack import LayerStack, Place, run_backward, run_windows
 from ..models.listeners import Input, Listener
 
 # %% ../../nbs/calibration/04_collect.ipynb #collect-sums
@@ -100,7 +101,7 @@ def _start(state: RunState, sums: _Sums, resume: bool) -> Place:
         sums.counts[name].copy_(tensors[f"counts {name}"])
     return place
 
-def _waiting(stack: LayerStack, ids: torch.Tensor, batch: int, state: RunState | None, place: Place) -> Waiting | None:
+def _waiting(stack: LayerStack, ids: torch.Tensor, batch: int, state: RunState | None, place: Place) -> HiddenStates | None:
     "Where hidden states wait: beside the checkpoint where there is one."
     if stack.keep or state is None or state.broken: return None
     waiting = WaitingOnDisk(state.folder, ids, stack.config.hidden_size, batch, state.give_up)

@@ -14,7 +14,8 @@ import torch
 
 from .collect import PRIOR, RARE, loss_labels
 from ..errors import ImportanceError
-from ..models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
+from ..models.hidden_states import HiddenStates
+from ..models.layer_stack import LayerStack, Place, run_backward, run_windows
 from ..models.listeners import Input, Listener
 from ..models.memory import available_memory
 
@@ -101,7 +102,7 @@ def second_moments(
     wanted = [read for read in stack.inputs if layers is None or read.layer in layers]
     end_loss = stack.keep if end_loss is None else end_loss
     groups = layer_groups(wanted, available_memory(stack.device) / 4 if room is None else room)
-    start, waiting = Place(), Waiting(folder=folder)
+    start, waiting = Place(), HiddenStates(folder=folder)
     for number, group in enumerate(groups):
         moments, stop = (EndLossMoments if end_loss else PlainMoments)(group, stack.device), group[-1].layer + 1
         def step(place: Place, number=number) -> None:

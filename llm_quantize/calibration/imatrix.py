@@ -19,7 +19,7 @@ import torch
 
 from ..display import block_map, html_summary
 from ..errors import ImatrixError
-from ..models.architectures import GGUFTensor
+from ..models.transforms import GGUFTensor
 
 # %% ../../nbs/calibration/02_imatrix.ipynb #imatrix-importancematrix
 @dataclass(frozen=True, eq=False, repr=False)

@@ -14,15 +14,15 @@ import torch
 from .effort import Effort
 from .text import text_of
 from ..errors import CalibrationError
-from ..models.architectures import GGUFTensor, hf_tensors
 from ..models.job import Job
 from ..models.layer_stack import LayerStack
+from ..models.transforms import GGUFTensor, hf_tensors
 
 # %% ../../nbs/calibration/08_probe.ipynb #probe-halves
 def _halves(stack: LayerStack, spec: GGUFTensor) -> list[GGUFTensor]:
     "The GGUF tensors that come from the same tensors of the checkpoint."
-    if spec.way != "half": return [spec]
-    return [t for t in stack.tensors if t.sources == spec.sources and t.way == "half"]
+    if spec.transform != "half": return [spec]
+    return [t for t in stack.tensors if t.sources == spec.sources and t.transform == "half"]
 
 # %% ../../nbs/calibration/08_probe.ipynb #probe-probe-2
 class Probe:
@@ -32,7 +32,7 @@ class Probe:
                  ids: torch.Tensor):       # (windows, size) int64
         self.stack, self.ids = stack, ids
         self.specs = {t.name: t for t in stack.tensors}
-        self.tied = "output.weight" not in self.specs or self.specs["output.weight"].way == "tied"
+        self.tied = "output.weight" not in self.specs or self.specs["output.weight"].transform == "tied"
         with torch.inference_mode():
             self.inputs = {0: self._embedded()}
             for i in range(len(self.stack)): self.inputs[i + 1] = self._through(self.stack[i], self.inputs[i])

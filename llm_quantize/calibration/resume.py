@@ -19,7 +19,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import AGAIN, check_same_run, load_tensors, save_tensors, warn_unsaved
-from ..models.layer_stack import Place, Waiting
+from ..models.hidden_states import HiddenStates
+from ..models.layer_stack import Place
 
 # %% ../../nbs/calibration/03_resume.ipynb #resume-savedstate
 class SavedState(NamedTuple):
@@ -97,7 +98,7 @@ def discard_state(folder: str | Path) -> None:
     for path in (folder / _NAME, *leftovers): _remove(path)
 
 # %% ../../nbs/calibration/03_resume.ipynb #resume-waitingondisk
-class WaitingOnDisk(Waiting):
+class WaitingOnDisk(HiddenStates):
     "Hidden states between two layers, (windows, size, columns) float32, in two files that take turns."
 
     def __init__(

@@ -23,10 +23,10 @@ from .hessian import Curvature, curvature
 from .imatrix import ImportanceMatrix, importance_of
 from .probe import Probe, probe_of, texts
 from ..errors import ArgumentError, ProfileError
-from ..models.architectures import GGUFTensor
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from ..models.job import Job
+from ..models.transforms import GGUFTensor
 from ..quants.codec import decode, encode, encode_tensor
 from ..quants.qtypes import qtype
 
@@ -62,7 +62,7 @@ def decoded_as(
 # %% ../../nbs/calibration/09_sensitivity.ipynb #sensitivity-rows-of
 def _rows_of(spec: GGUFTensor, count: int) -> tuple: # (rows in GGUF order, the same rows in the checkpoint's order)
     rows = torch.linspace(0, spec.shape[-2] - 1, min(count, spec.shape[-2])).long()
-    if spec.way != "permute": return rows, rows
+    if spec.transform != "permute": return rows, rows
     order = (
         torch.arange(spec.shape[-2]).view(spec.number, 2, -1).transpose(1, 2).flatten()
     )  # as architectures.permute rearranges rows
@@ -81,7 +81,7 @@ def _predicted(
         total = 0.0
         for expert in some:
             own = experts[expert][rows]
-            error = own - decode(encode(own, type, importance_of(imatrix, spec, expert), compile=False), type)
+            error = own - decode(encode(own, type, importance_of(imatrix, spec, expert), compiled=False), type)
             total += (
                 curved.cost(error, places, expert)
                 if curved is not None
@@ -260,7 +260,7 @@ def _keeper(path: Path | None) -> Callable: # Sensitivity -> None
 def _predict_all(job: Job, ids: torch.Tensor, imatrix: ImportanceMatrix | None, rows: int) -> tuple[TensorCosts, ...]:
     "The predicted costs of all tensors, from so many rows of each."
     curved = curvature(job.stack(torch.float32), ids, progress=job.told("curvature of the loss"))
-    specs = [t for t in job.tensors.values() if t.quantizable and t.way not in ("computed", "tied")]
+    specs = [t for t in job.tensors.values() if t.quantizable and t.transform not in ("computed", "tied")]
     costs = []
     for done, spec in enumerate(specs):
         job.tell(done, len(specs), f"predicting {spec.name}")

@@ -16,10 +16,12 @@ import torch
 
 from .imatrix import ImportanceMatrix
 from ..errors import ArgumentError
-from ..models.architectures import GGUFTensor, architecture
+from ..models.architectures import architecture
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.layer_stack import LayerStack, run_windows
 from ..models.listeners import Listener
+from ..models.transforms import GGUFTensor
+from ..models.views import View
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-find-spikes
 INPUT_SPIKE = 20      # times the ordinary largest input of a token
@@ -67,30 +69,31 @@ def hf_place(tensor: GGUFTensor,         # of the GGUF
              expert: int | None = None # of a stacked tensor
             ) -> tuple:                  # name in the checkpoint, index of the row there
     "Where a row of a GGUF tensor lies in the checkpoint: the name, and what to put before the column."
-    if tensor.way == "permute":
+    if tensor.transform == "permute":
         order = (
             torch.arange(tensor.shape[0]).view(tensor.number, 2, -1).transpose(1, 2).flatten()
         )  # as architectures.permute rearranges rows
         return tensor.sources[0], (order[row].item(),)
-    if tensor.way == "half": return tensor.sources[0], (expert, row + int(tensor.number) * tensor.shape[-2])
-    if tensor.way == "stack": return tensor.sources[expert], (row,)
+    if tensor.transform == "half": return tensor.sources[0], (expert, row + int(tensor.number) * tensor.shape[-2])
+    if tensor.transform == "stack": return tensor.sources[expert], (row,)
     return tensor.sources[0], (row,) if expert is None else (expert, row)
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-zeroed
-class Zeroed(Checkpoint):
-    "A checkpoint in which some weights read as zero."
+class Zeroed(View):
+    "A checkpoint in which some weights read as zero; the original is left alone."
 
     def __init__(self, checkpoint: Checkpoint,
                  places: list): # (name in the checkpoint, row index, column)
-        super().__init__(checkpoint.path, checkpoint.name)
-        self._original, self.places = checkpoint, places
+        super().__init__(checkpoint)
+        self.places = places
 
     def tensor(self, name: str) -> torch.Tensor:
         "One tensor, with its holes."
-        found = self._original.tensor(name)
-        for other, row, column in self.places:
-            if other == name: found[(*row, column)] = 0
-        return found
+        holes = [(*row, column) for other, row, column in self.places if other == name]
+        if not holes: return self.original.tensor(name)
+        tensor = self.original.tensor(name).clone() # the original may keep what it gave
+        for hole in holes: tensor[hole] = 0
+        return tensor
 
 # %% ../../nbs/calibration/05_super_weights.ipynb #super_weights-run
 def _run(

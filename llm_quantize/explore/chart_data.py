@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from ..display import new_figure
 from ..errors import ArgumentError, LLMQuantizeError
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-rounded
@@ -134,7 +135,6 @@ def _draw_series(axis, s: dict) -> None:
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-draw-chart
 def _draw_chart(frame: dict, width: float):
-    from llm_quantize.display import new_figure
     figure, series = new_figure(width, 2.8, layout=None), frame["series"]
     axis = _place(figure, 0.75, 0.1, 0.5, 0.15)
     for s in series: _draw_series(axis, s)
@@ -147,7 +147,7 @@ def _draw_chart(frame: dict, width: float):
         few = sum(len(s["x"]) for s in series) < 200
         axis.legend(fontsize=8, frameon=False, loc="best" if few else "upper right")
     axis.grid(alpha=0.25)
-    for side in ("top", "right"): axis.spines[side].set_visible(False)
+    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 # %% ../../nbs/explore/01_chart_data.ipynb #chart_data-label-cells
@@ -189,7 +189,6 @@ def _draw_grid(axis, grid: dict, frame: dict, array: np.ndarray, low: float, hig
     return image
 
 def _draw_heat(frame: dict, width: float):
-    from llm_quantize.display import new_figure
     grids = frame["grids"]
     across, height = min(len(grids), 2), 0.75 + 0.26 * len(frame["rows"])  # grids side by side; inches of one
     down, step = -(-len(grids) // across), (width - 2.0) / across

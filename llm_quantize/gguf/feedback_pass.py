@@ -21,14 +21,14 @@ from ..files import Store
 from .options import Calibration, Feedback
 from .plan import Draft, FilePlan, require_runnable
 from .scale_tuning import tune
-from ..models.architectures import GGUFTensor
 from ..models.fingerprint import fingerprint
 from ..models.job import Job
 from ..models.layer_stack import LayerStack
 from ..models.memory import available_memory
+from ..models.transforms import GGUFTensor
 from ..quants.blocks import ENCODERS
-from ..quants.error_feedback import feedback_encode
 from ..quants.qtypes import QTYPES
+from ..quants.refine import feedback_encode
 
 # %% ../../nbs/gguf/11_feedback_pass.ipynb #feedback_pass-fed-back
 def fed_back(spec: GGUFTensor, type: str) -> bool:
@@ -57,7 +57,7 @@ def encode_layer(
 ) -> dict[str, torch.Tensor]:  # GGUF name -> (all rows, row bytes) uint8
     "The tensors of one layer, with error feedback; `moments` by GGUF name, from `second_moments`."
     encoded, device, effort = {}, settings.device, settings.effort
-    options = {"search": settings.search, "damping": effort.damping, "readings": effort.passes}
+    options = {"search": settings.search, "damping": effort.damping, "descent_passes": effort.passes}
     for (type, shape), group in _alike(specs, moments, plan.types).items():
         weights = [s.load(plan.checkpoint).float().to(device) for s in group]
         hessians = [moments[s.name].to(device) for s in group]

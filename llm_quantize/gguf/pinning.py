@@ -12,8 +12,8 @@ import torch
 
 from ..quants.blocks import ENCODERS, error_weights, to_half
 from ..quants.codec import decode
-from ..quants.error_feedback import super_patterns
 from ..quants.qtypes import QTYPES
+from ..quants.refine import super_patterns
 
 # %% ../../nbs/gguf/12_pinning.ipynb #pinning-half-ulp
 LARGEST_CHANGE = 0.03 # relative change of a super-scale, at most

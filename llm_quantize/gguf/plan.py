@@ -25,10 +25,11 @@ from .options import Calibration, Dynamic
 from .profiles import Profile
 from .resolution import Fit, check_fit, choose_types, make_plan, resolve, unmeasured
 from .ternary_plan import candidates, find_ternary, plan_ternary
-from ..models.architectures import GGUFTensor, architecture
+from ..models.architectures import architecture
 from ..models.checkpoint import Checkpoint
 from ..models.job import Job
 from ..models.tokenizers import tokenizer_metadata
+from ..models.transforms import GGUFTensor
 from ..quants.codec import decode, encode_tensor
 
 # %% ../../nbs/gguf/09_plan.ipynb #plan-harmless
@@ -132,7 +133,7 @@ _HEAD = "Q6_K" # as most mixes have it
 
 def _copied(specs) -> dict[str, str]: # GGUFTensors; GGUF name -> type
     "Output matrices that are a copy of the embedding: no measurement is about them, so their type is not chosen."
-    return {s.name: fitting(_HEAD, s.shape[-1]) for s in specs if s.way == "tied"}
+    return {s.name: fitting(_HEAD, s.shape[-1]) for s in specs if s.transform == "tied"}
 
 # %% ../../nbs/gguf/09_plan.ipynb #plan-fixed-bytes
 def _fixed_bytes(metadata: dict, tensors: list, copied: dict) -> int: # (GGUF name, shape) of each; from `_copied`

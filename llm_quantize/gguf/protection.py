@@ -25,9 +25,9 @@ from .allocation import Choice, allocate
 from .options import Calibration, Protect
 from .plan import Draft, FilePlan, require_runnable
 from .resolution import sensitivity_path
-from ..models.architectures import GGUFTensor
 from ..models.checkpoint import Checkpoint
 from ..models.job import Job
+from ..models.transforms import GGUFTensor
 from ..models.views import Replaced
 from ..quants.codec import decode, encode
 from ..quants.qtypes import qtype
@@ -39,7 +39,7 @@ def up_of(specs: list,      # GGUFTensors of a model
     "The ffn_up whose rows can be scaled against the columns of an ffn_down; None where they are stacked, fused, biased or without a gate."
     named = {s.name: s for s in specs}
     up, stem = named.get(down.name.replace("ffn_down", "ffn_up")), down.name.rsplit(".", 2)[0]
-    plain = up is not None and up.way == down.way == "copy" and len(down.shape) == 2
+    plain = up is not None and up.transform == down.transform == "copy" and len(down.shape) == 2
     gated = f"{stem}.ffn_gate.weight" in named and f"{stem}.ffn_up.bias" not in named
     return up if plain and gated else None
 

@@ -114,7 +114,7 @@ def _measurer(probe: Probe, imatrix: ImportanceMatrix | None) -> Callable: # {na
 def unmeasured(specs: list # GGUFTensors of a model
               ) -> list:  # of Choices
     "What there is to choose, with costs that only know bits."
-    mine = [s for s in specs if s.quantizable and not kept_float(s.name, s.shape) and s.way not in ("computed", "tied")]
+    mine = [s for s in specs if s.quantizable and not kept_float(s.name, s.shape) and s.transform not in ("computed", "tied")]
     return [
         Choice(s.name, tuple(s.shape), {t: s.shape[-1] * 4 ** -qtype(t).bpw for t in candidate_types(s.shape[-1])})
         for s in mine

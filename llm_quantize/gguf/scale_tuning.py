@@ -14,13 +14,13 @@ import torch
 from torch.func import functional_call
 
 from ..errors import ArgumentError
-from ..models.architectures import GGUFTensor
 from ..models.checkpoint import Checkpoint
 from ..models.reference import load_float
+from ..models.transforms import GGUFTensor
 from ..quants.blocks import ENCODERS, to_half
 from ..quants.codec import decode
-from ..quants.error_feedback import super_patterns
 from ..quants.qtypes import QTYPES
+from ..quants.refine import super_patterns
 
 # %% ../../nbs/gguf/10_scale_tuning.ipynb #scale_tuning-log-probabilities
 def _log_probabilities(model, ids: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def tunable(spec: GGUFTensor, type: str) -> bool:
         spec.layer is not None
         and spec.quantizable
         and len(spec.shape) == 2
-        and spec.way in ("copy", "permute")
+        and spec.transform in ("copy", "permute")
         and type in ENCODERS
     )
 
@@ -81,13 +81,13 @@ class _Student:
             elif (
                 spec.name in encoded
                 and spec.quantizable
-                and spec.way in ("copy", "permute")
+                and spec.transform in ("copy", "permute")
                 and spec.sources[0] in fixed
             ):
                 type, data = encoded[spec.name]
                 for name, weights in spec.to_hf(decode(data, type).view(spec.shape)).items():
                     fixed[name].data.copy_(weights)
-            elif spec.role == "norm" and spec.way in ("copy", "offset") and spec.sources[0] in fixed:
+            elif spec.role == "norm" and spec.transform in ("copy", "offset") and spec.sources[0] in fixed:
                 self.norms[spec.name] = (spec, fixed[spec.sources[0]])
         for _, parameter in self.norms.values(): parameter.requires_grad_(True)
 
@@ -169,7 +169,7 @@ def tune(checkpoint: Checkpoint,
     if not after < before: return Tuned({}, {}, before, after)
     changed = {name: (spec, p) for name, (spec, p) in student.norms.items() if not torch.equal(p, first_norms[name])}
     norms = {
-        name: (p.detach().float().cpu() + (spec.number if spec.way == "offset" else 0))
+        name: (p.detach().float().cpu() + (spec.number if spec.transform == "offset" else 0))
         for name, (spec, p) in changed.items()
     }
     return Tuned({t.spec.name: (encoded[t.spec.name][0], t.bytes()) for t in student.tensors}, norms, before, after)

@@ -17,8 +17,8 @@ from .container import open_gguf
 from .feedback_pass import Prepared
 from .pinning import half_ulp, pin, raise_weights
 from .protection import WINDOWS, Protection, measurer, up_of
-from ..models.architectures import GGUFTensor, hf_tensors
 from ..models.listeners import Listener
+from ..models.transforms import GGUFTensor, hf_tensors
 from ..quants.blocks import ENCODERS, to_half
 from ..quants.codec import decode, encode
 from ..quants.qtypes import QTYPES
@@ -51,7 +51,7 @@ def _quantized_layer(plan: Protection, number: int, prepared: Prepared):
         if spec.name in prepared.encoded: return decode(prepared.encoded[spec.name], types[spec.name]).view(spec.shape)
         norm = prepared.norms.get(spec.name)
         return spec.load(file.checkpoint).float() if norm is None else norm
-    specs = [s for s in file.specs if s.layer == number and s.way != "computed"]
+    specs = [s for s in file.specs if s.layer == number and s.transform != "computed"]
     return plan.probe.stack.layer(number, dict(hf_tensors(specs, weights)))
 
 def spike_ratios(plan: Protection, prepared: Prepared) -> list[Ratio]: # one for each super weight

@@ -13,8 +13,8 @@ import torch
 
 from ..errors import ConversionError
 from .mixes import Plan, PlannedTensor
-from ..models.architectures import GGUFTensor
 from ..models.checkpoint import Checkpoint
+from ..models.transforms import GGUFTensor
 from ..quants.qtypes import qtype
 from ..quants.tquants import ternary_share
 

@@ -16,11 +16,12 @@ import torch
 from ..compressed.directory import W8A8Model, is_int8_directory
 from ..errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
 from ..gguf.container import open_gguf
-from ..models.architectures import architecture, hf_tensors
+from ..models.architectures import architecture
 from ..models.bitnet import plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.memory import available_memory
 from ..models.reference import float_module, load_float
+from ..models.transforms import hf_tensors
 from ..quants.qtypes import QTYPES
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-metadata-differences
@@ -45,7 +46,7 @@ def _tensor_differences(specs: list, found: dict) -> list[str]:
     expected = {spec.name: spec for spec in specs}
     own = [name for name in found if name != "output.weight" and not name.startswith("rope_f")]
     absent = [f"no tensor {name}" for name, spec in expected.items()
-              if name not in found and spec.way not in ("computed", "tied")]
+              if name not in found and spec.transform not in ("computed", "tied")]
     extra = [f"a tensor {name} that the model has not" for name in own if name not in expected]
     shapes = {name: (tuple(found[name][1]), tuple(spec.shape)) for name, spec in expected.items() if name in found}
     other = [f"{name} of shape {a}, the model's is {b}" for name, (a, b) in shapes.items() if a != b]

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from llm_quantize.models.layer_stack import LayerStack
-from llm_quantize.cli.main import main as cli
-from llm_quantize.calibration.analysis import Analysis
-from llm_quantize.cli.main import analyze
+from llm_quantize.cli.main import main
+from llm_quantize.calibration.analysis import Analysis, measure_importance
+from llm_quantize.models.job import Job
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, CalibrationError, CheckpointError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.calibration.collect import collect
-from llm_quantize.api import quantize
+from llm_quantize.api import analyze, quantize
 
 from tests.tiny import hooked
 
@@ -31,7 +31,7 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, a d
 
 def run(capsys, *arguments):
     "Exit code, stdout, stderr of the command, in this process."
-    code = cli.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -221,6 +221,22 @@ def test_checkpoint_of_another_model(sample_model, tmp_path, capsys, monkeypatch
     assert code == 7 and json.loads(out)["error_type"] == "CheckpointError" and "fisher" in json.loads(out)["message"]
     code, _, err = run(capsys, "analyze", sample_model, *options)
     assert code == 0 and (tmp_path / "x.imatrix").exists(), err
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["by window", "by layer"])
+def test_resume_takes_the_way_of_the_run(keep, done, sample_model, tmp_path):
+    "Memory may look different the second time: the way through model and text is that of the first."
+    class Stop(Exception): pass
+    def progress(done, total):
+        if done >= 1024: raise Stop
+    state, options = tmp_path / "state", {"datasets": done.datasets}
+    ids = windows(load_tokenizer(sample_model), bundled_text("calibration"), size=512, limit=8)
+    stack = LayerStack(sample_model, device="cpu", keep=keep)
+    with pytest.raises(Stop): collect(stack, ids, checkpoint_dir=state, interval=0.0, progress=progress, **options)
+    job = Job(sample_model, device="cpu")
+    found = measure_importance(job, output=tmp_path / "x.imatrix", calibration_samples=8, resume=state)
+    assert job.stack().keep is True and found.output_path.read_bytes() == done.output_path.read_bytes()
+    assert not list(state.iterdir())
 
 
 def test_python_errors(sample_model, tmp_path):

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llm_quantize.models.job import Job
 from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, CheckpointError, ImportanceError, OutOfMemoryError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
-from llm_quantize.calibration.collect import PRIOR, RARE, collect, with_prior
+from llm_quantize.calibration.collect import PRIOR, RARE, collect, saved_way, with_prior
 from llm_quantize.calibration.resume import discard_state
 from llm_quantize.models.fingerprint import fingerprint
 
@@ -49,7 +50,7 @@ def test_activation_sums(sample_model, ids, tmp_path):
 def test_gradient_sums(method, sample_model, ids):
     "x^2 times the squared gradient at the output, from autograd on transformers' model; `fisher` draws its labels as documented."
     ids = ids[:2, :128].contiguous()
-    model, expected, stored = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32, attn_implementation="eager").requires_grad_(False), {}, {}
+    model, expected = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32, attn_implementation="eager").requires_grad_(False), {}
     for path, role in (("self_attn.k_proj", "attn_k"), ("self_attn.o_proj", "attn_output"), ("mlp.gate_proj", "ffn_gate"), ("mlp.down_proj", "ffn_down")):
         def hook(module, args, out, name=f"blk.2.{role}.weight"):
             def back(g): expected[name] = expected.get(name, 0) + (args[0][0].double().square() * g[0].double().square().sum(-1, keepdim=True)).sum(0)
@@ -125,7 +126,7 @@ def test_prior():
 # Runs are killed in processes of their own. They are forked from one that has done the imports and nothing else, since those take longer than the runs.
 
 PROCESSES = multiprocessing.get_context("forkserver") if "forkserver" in multiprocessing.get_all_start_methods() else None
-if PROCESSES: PROCESSES.set_forkserver_preload(["llm_quantize.calibration.collect", "llm_quantize.calibration.text", "transformers.models.llama.modeling_llama", "test_importance"])
+if PROCESSES: PROCESSES.set_forkserver_preload(["llm_quantize.calibration.collect", "llm_quantize.calibration.text", "transformers.models.llama.modeling_llama", __name__])
 
 
 def whole_run(said, model, folder, target, method, keep, resume):
@@ -188,11 +189,11 @@ def test_killed_and_resumed_is_the_same_to_the_byte(method, keep, sample_model, 
 class Stop(Exception): pass
 
 
-def interrupted(model, ids, folder, tokens=1024, **options):
+def interrupted(model, ids, folder, tokens=1024, keep=None, **options):
     "A run that was stopped after some tokens."
     def progress(done, total):
         if done >= tokens: raise Stop
-    with pytest.raises(Stop): collect(LayerStack(model, device="cpu"), ids, checkpoint_dir=folder, interval=0.0, progress=progress, **options)
+    with pytest.raises(Stop): collect(LayerStack(model, device="cpu", keep=keep), ids, checkpoint_dir=folder, interval=0.0, progress=progress, **options)
 
 
 def test_another_model_text_or_option(sample_model, ids, tmp_path):
@@ -208,7 +209,8 @@ def test_another_model_text_or_option(sample_model, ids, tmp_path):
     for model, text, options, message in [(other, ids, {}, "another model"), (sample_model, ids[:5], {}, "another text"), (sample_model, ids.flip(0), {}, "another text"),
                                           (sample_model, ids, {"method": "fisher"}, "method = activation, not fisher"), (sample_model, ids, {"batch": 2}, "batch = 1, not 2"),
                                           (sample_model, ids, {"keep": False}, "way = by window, not by layer")]:
-        with pytest.raises(CheckpointError, match=message) as caught: collect(LayerStack(model, device="cpu"), text, checkpoint_dir=folder, resume=True, **options)
+        stack = LayerStack(model, device="cpu", keep=options.pop("keep", None))
+        with pytest.raises(CheckpointError, match=message) as caught: collect(stack, text, checkpoint_dir=folder, resume=True, **options)
         assert caught.value.exit_code == 7 and "--resume" in caught.value.suggestion
     assert (folder / "analyze.state").read_bytes() == before  # a refusal destroys nothing
     collect(LayerStack(sample_model, device="cpu"), ids, checkpoint_dir=folder, resume=True)
@@ -222,21 +224,24 @@ def test_damaged_states(sample_model, ids, tmp_path):
     whole = (folder / "analyze.state").read_bytes()
     for data in (b"", whole[:100], whole[:-50], b"\0" * len(whole)):
         (folder / "analyze.state").write_bytes(data)
-        with pytest.raises(CheckpointError, match="damaged") as caught: collect(LayerStack(sample_model, device="cpu"), ids, checkpoint_dir=folder, resume=True)
+        with pytest.raises(CheckpointError, match="damaged") as caught: collect(LayerStack(sample_model, device="cpu", keep=False), ids, checkpoint_dir=folder, resume=True)
         assert caught.value.exit_code == 7
     (folder / "analyze.state").write_bytes(whole)
     states = list(folder.glob("analyze-hidden-?.f32"))
     assert states
     for path in states: path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="lost its hidden states"): collect(LayerStack(sample_model, device="cpu"), ids, checkpoint_dir=folder, resume=True)
+    with pytest.raises(CheckpointError, match="lost its hidden states"): collect(LayerStack(sample_model, device="cpu", keep=False), ids, checkpoint_dir=folder, resume=True)
 
 
 def test_resume_takes_the_way_of_the_run(sample_model, ids, tmp_path):
     "Memory may look different the second time: the way through model and text is that of the first."
     for keep in (False, True):
         interrupted(sample_model, ids, tmp_path / "state", keep=keep)
-        assert saved(collect(LayerStack(sample_model, device="cpu"), ids, checkpoint_dir=tmp_path / "state", resume=True), tmp_path / "a") == saved(collect(LayerStack(sample_model, device="cpu"), ids), tmp_path / "b")
+        assert saved_way(tmp_path / "state") is keep
+        resumed = collect(Job(sample_model, device="cpu").stack(keep=saved_way(tmp_path / "state")), ids, checkpoint_dir=tmp_path / "state", resume=True)
+        assert saved(resumed, tmp_path / "a") == saved(collect(LayerStack(sample_model, device="cpu"), ids), tmp_path / "b")
         discard_state(tmp_path / "state")
+        assert saved_way(tmp_path / "state") is None
 
 
 def test_nothing_saved_yet_is_a_beginning(sample_model, ids, tmp_path, caplog):

@@ -11,7 +11,7 @@ import torch
 
 from llm_quantize.errors import ImatrixError
 from llm_quantize.calibration.imatrix import ImportanceMatrix, importance_of
-from llm_quantize.models.architectures import GGUFTensor
+from llm_quantize.models.transforms import GGUFTensor
 
 Q, EXPERTS = "blk.0.attn_q.weight", "blk.1.ffn_up_exps.weight"
 

@@ -6,16 +6,14 @@ import torch
 
 from llm_quantize.models.job import Job
 from llm_quantize.calibration import hessian
-
-from llm_quantize.calibration import sensitivity
 from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
-from llm_quantize.errors import ArgumentError, CalibrationError, ProfileError
+from llm_quantize.errors import ArgumentError, ProfileError
 from llm_quantize.calibration.hessian import Curvature, curvature
-from llm_quantize.calibration.effort import Effort, find_effort
-from llm_quantize.calibration.probe import Probe, texts
-from llm_quantize.calibration.sensitivity import Sensitivity, TensorCosts, candidate_types, corrected, decoded_as, measure_sensitivity, plot_sensitivity, spearman
+from llm_quantize.calibration.effort import Effort
+from llm_quantize.calibration.probe import Probe
+from llm_quantize.calibration.sensitivity import Sensitivity, TensorCosts, candidate_types, corrected, measure_sensitivity, plot_sensitivity, spearman
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +66,6 @@ def test_the_curvature_is_that_of_the_loss(sample, ids, probe):
         assert 0.5 < probe.kld({name: weights + error}) / curved[name].cost(unpermuted) < 2, name
 
 
-def test_the_probe_agrees_with_the_evaluator_of_whole_models(sample, ids, probe):
-    from llm_quantize.models.reference import load_float
-    from llm_quantize.quality.metrics import score_windows
-    from llm_quantize.models.views import Replaced
-    names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.3.ffn_up.weight")
-    weights = {name: decoded_as(probe.specs[name].load(sample), "Q4_K", None, probe.specs[name]) for name in names}
-    changed = load_float(sample)
-    state = changed.state_dict()
-    for name in names:
-        for hf, value in probe.specs[name].to_hf(weights[name]).items(): state[hf].copy_(value)
-    [scores] = score_windows(load_float(sample), [changed], ids)
-    assert probe.kld(weights) == pytest.approx(scores.kld.mean().item(), rel=1e-3)
-    assert probe.kld({}) == 0 and probe.kld({"blk.0.attn_q.weight": probe.specs["blk.0.attn_q.weight"].load(sample).float()}) < 1e-9
-
-
 def test_corrections_pass_through_the_measurements():
     predicted = {"A": 1.0, "B": 0.1, "C": 0.01, "D": 0.001}
     assert corrected(predicted, {}) == predicted
@@ -98,25 +81,23 @@ def test_types_fit_the_rows():
     assert candidate_types(7) == ("BF16",)
 
 
-@pytest.fixture(scope="module")
-def small_effort():
-    saved = dict(sensitivity.EFFORTS)
-    sensitivity.EFFORTS["quick"] = Effort(1, 8, 1, 1, 0)
-    yield
-    sensitivity.EFFORTS.clear(); sensitivity.EFFORTS.update(saved)
+LITTLE = Effort(curvature=1, rows=8, selection=1, anchors=1, trials=0, moments=1, tuning=0, epochs=0)
 
 
-def test_a_stopped_run_goes_on(sample, tmp_path, small_effort, monkeypatch):
-    path = tmp_path / "x.sensitivity.json"
-    whole = measure_sensitivity(Job(sample, device="cpu"), effort="quick", path=path)
+def test_a_stopped_run_goes_on(sample, tmp_path):
+    "What is in the file is neither predicted nor measured again."
+    path, told = tmp_path / "x.sensitivity.json", []
+    def costs(): return measure_sensitivity(Job(sample, device="cpu", progress=lambda done, total, what: told.append(what)), effort=LITTLE, path=path)
+    def steps(word): return len({what for what in told if what.startswith(word)})
+    whole = costs()
     assert Sensitivity.load(path) == whole and len(whole.tensors) == 29 and len(whole.measured) == 28
     half = Sensitivity(whole.model, whole.about, tuple(TensorCosts(t.name, t.shape, t.predicted, t.measured if i % 2 else {}) for i, t in enumerate(whole.tensors)))
     half.save(path)
-    monkeypatch.setattr(sensitivity, "_predict_all", lambda *a: pytest.fail("predicted again"))
-    again = measure_sensitivity(Job(sample, device="cpu"), effort="quick", path=path)
-    assert again == whole
-    monkeypatch.setattr(sensitivity, "Probe", lambda *a, **k: pytest.fail("measured again"))
-    assert measure_sensitivity(Job(sample, device="cpu"), effort="quick", path=path) == whole
+    assert (steps("predicting"), steps("measuring")) == (29, 29)
+    told.clear()
+    assert costs() == whole and not steps("predicting") and 0 < steps("measuring") < 29
+    told.clear()
+    assert costs() == whole and not told
 
 
 @pytest.mark.parametrize("damage", [lambda d: d.pop("tensors"), lambda d: d.update(version=2), lambda d: d["tensors"][0]["predicted"].update(Q99=1), lambda d: d.update(tensors=3),
@@ -130,15 +111,6 @@ def test_damaged_files_are_refused(tmp_path, damage):
     path.write_text(json.dumps(data))
     with pytest.raises(ProfileError): Sensitivity.load(path)
     with pytest.raises(ProfileError): Sensitivity.load(tmp_path / "none.json")
-
-
-def test_efforts_and_texts(sample, tmp_path):
-    assert find_effort("THOROUGH").trials > find_effort("default").trials
-    with pytest.raises(ArgumentError, match="unknown effort"): find_effort("huge")
-    ids, selection = texts(Job(sample), find_effort("default"))
-    assert not {tuple(w[1:].tolist()) for w in ids} & {tuple(w[1:].tolist()) for w in selection}
-    (tmp_path / "few.txt").write_text("word " * 700)
-    with pytest.raises(CalibrationError): texts(Job(sample), find_effort("default"), tmp_path / "few.txt")
 
 
 def test_ranks_and_map():

@@ -12,9 +12,10 @@ from llm_quantize.quality.llama_cpp_model import open_llama
 
 RUN = """
 import sys
-from llm_quantize.calibration import sensitivity as room
+from dataclasses import replace
+from llm_quantize.calibration.effort import EFFORTS
 from llm_quantize.cli.main import main
-room.EFFORTS["quick"] = room.Effort(2, 16, 1, 1, 3)
+EFFORTS["quick"] = replace(EFFORTS["quick"], curvature=2, rows=16, selection=1, anchors=1, trials=3)
 sys.exit(main(["--format", "json", "quantize", sys.argv[1], "gguf", "-q", "dynamic", "--effort", "quick", "--target-bpw", "4.0", "--calibration-samples", "4", "-o", sys.argv[2], *sys.argv[3:]]))
 """
 

@@ -1,33 +1,34 @@
 "Error feedback the whole way: the file runs in llama.cpp and is closer to the original; kills and resumes give the same bytes; memory decides what is done."
 import hashlib
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
-from llm_quantize.gguf.feedback_pass import feedback_pass as room
+from llm_quantize.calibration import effort
 from llm_quantize.models.layer_stack import LayerStack
-from llm_quantize.models.architectures import architecture
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
-from llm_quantize.models.checkpoint import open_checkpoint, sample_path
+from llm_quantize.models.checkpoint import sample_path
 from llm_quantize.models.reference import load_float
 from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.quantized_model import load_quantized
-from llm_quantize.calibration.effort import Effort, find_effort
-from llm_quantize.gguf.feedback_pass import encode_ahead
-from llm_quantize.errors import ArgumentError, CheckpointError
+from llm_quantize.calibration.collect import collect
+from llm_quantize.gguf.feedback_pass import feedback_pass
+from llm_quantize.gguf.options import Feedback
+from llm_quantize.gguf.plan import Draft, plan_gguf
+from llm_quantize.models.job import Job
+from llm_quantize.errors import CheckpointError
 from llm_quantize.calibration.hessian import layer_groups, second_moments
 from llm_quantize.quality.metrics import score_windows
 from llm_quantize.api import quantize
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch): monkeypatch.setitem(room.EFFORTS, "tiny", Effort(12, 8, 1))
+def tiny(monkeypatch): monkeypatch.setitem(effort.EFFORTS, "tiny", replace(effort.EFFORTS["quick"], moments=12, tuning=8, epochs=1))
 
 
 def test_the_file_runs_and_is_closer(tmp_path):
@@ -43,9 +44,10 @@ def test_the_file_runs_and_is_closer(tmp_path):
 
 RUN = """
 import sys
-from llm_quantize.gguf.feedback_pass import feedback_pass as room
+from dataclasses import replace
+from llm_quantize.calibration.effort import EFFORTS
 from llm_quantize.api import quantize
-room.EFFORTS["tiny"] = room.Effort(4, 4, 1)
+EFFORTS["tiny"] = replace(EFFORTS["quick"], moments=4, tuning=4, epochs=1)
 folder, resume = sys.argv[1:3]
 quantize(sys.argv[3], "gguf", "Q3_K_S", output_dir=folder, output_name="m", error_feedback=True, effort="tiny", checkpoint_dir=folder + "/state", resume=folder + "/state" if resume == "yes" else None, device="cpu")
 """
@@ -68,13 +70,14 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
 
 
 def test_checkpoints_of_another_run_or_damaged(tmp_path):
-    checkpoint = open_checkpoint(sample_path())
-    specs = architecture(checkpoint.config).tensors(checkpoint)
-    types = {s.name: "Q4_0" if s.layer is not None and s.quantizable else "F32" for s in specs}
-    encode_ahead(checkpoint, specs, types, effort="tiny", checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="another search"): encode_ahead(checkpoint, specs, types, search="best", effort="tiny", checkpoint_dir=tmp_path, resume=True)
-    Path(tmp_path / "feedback" / "layer-2.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="damaged"): encode_ahead(checkpoint, specs, types, effort="tiny", checkpoint_dir=tmp_path, resume=True)
+    job = Job(sample_path())
+    draft = Draft(plan_gguf(job, "Q4_0"))
+    prepared = feedback_pass(job, draft, Feedback(True, tmp_path), effort="tiny")
+    assert set(prepared.encoded) == {s.name for s in draft.plan.specs if s.layer is not None and s.quantizable}
+    again = Feedback(True, tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="another search"): feedback_pass(job, draft, again, effort="tiny", search="best")
+    (tmp_path / "feedback" / "layer-2.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="damaged"): feedback_pass(job, draft, again, effort="tiny")
 
 
 def test_layers_that_do_not_fit_get_plain_moments():
@@ -88,17 +91,9 @@ def test_layers_that_do_not_fit_get_plain_moments():
 
 
 def test_the_diagonal_is_the_fisher_importance():
-    from llm_quantize.calibration.collect import collect
     ids = windows(load_tokenizer(sample_path()), bundled_text("calibration"), limit=2)
     [moments] = second_moments(LayerStack(sample_path(), device="cpu", dtype=torch.float32), ids)
     matrix = collect(LayerStack(sample_path(), device="cpu", dtype=torch.float32), ids, method="fisher")
     for name in ("blk.0.attn_k.weight", "blk.3.ffn_down.weight"):
         ours, theirs = moments[name][0].diagonal(), matrix.importance(name).flatten()
         assert torch.allclose(ours / ours.sum(), theirs / theirs.sum(), rtol=1e-3, atol=1e-9)
-
-
-def test_options():
-    with pytest.raises(ArgumentError) as error: find_effort("thoro")
-    assert error.value.suggestion == "did you mean thorough?"
-    with pytest.raises(ArgumentError, match="no error feedback"): quantize(sample_path(), "gguf", "Q4_0", error_feedback=True, search="reference")
-    with pytest.raises(ArgumentError, match="resume"): quantize(sample_path(), "gguf", "Q4_0", resume="somewhere")

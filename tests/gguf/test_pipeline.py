@@ -14,17 +14,15 @@ from llm_quantize.models.job import Job
 from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.models.checkpoint import Checkpoint, sample_path
-from llm_quantize.quants.codec import FLOATS, decode
+from llm_quantize.quants.codec import FLOATS, decode, encode_tensor
 from llm_quantize.errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
 from llm_quantize.gguf.container import open_gguf
-from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.gguf.plan import plan_gguf
 from llm_quantize.gguf.pipeline import check_finite, relative_error
-from llm_quantize.quants.codec import encode_tensor
 from llm_quantize.api import quantize
 from llm_quantize.gguf.mixes import find_mix
 
-CPU = torch.device("cpu")
 PROMPT = "The history of the Roman empire begins with"
 
 
@@ -139,14 +137,14 @@ def test_a_name_that_says_phi_3(tmp_path):
 def test_experts_are_encoded_with_their_own_importance():
     torch.manual_seed(0)
     weights, importance = torch.randn(3, 4, 256), torch.rand(3, 256) + 0.01
-    data = encode_tensor(weights, "Q4_K", importance, CPU)
-    for e in range(3): assert torch.equal(data[4 * e:4 * e + 4], encode_tensor(weights[e], "Q4_K", importance[e], CPU))
-    assert not torch.equal(data[4:8], encode_tensor(weights[1], "Q4_K", importance[0], CPU))
+    data = encode_tensor(weights, "Q4_K", importance)
+    for e in range(3): assert torch.equal(data[4 * e:4 * e + 4], encode_tensor(weights[e], "Q4_K", importance[e]))
+    assert not torch.equal(data[4:8], encode_tensor(weights[1], "Q4_K", importance[0]))
 
 
 def test_relative_error_by_hand():
     weights = torch.randn(1000, 64)
-    data = encode_tensor(weights, "Q4_0", None, CPU)
+    data = encode_tensor(weights, "Q4_0", None)
     whole = ((weights - decode(data, "Q4_0")).square().sum() / weights.square().sum()).item()
     assert relative_error(weights, data, "Q4_0", rows=10_000) == pytest.approx(whole)
     assert relative_error(weights, data, "Q4_0", rows=100) == pytest.approx(whole, rel=0.1)
@@ -233,7 +231,6 @@ def test_the_reference_search_writes_what_llama_quantize_writes(tmp_path, monkey
     import ctypes
 
     import llama_cpp
-    from llm_quantize.calibration.analysis import cached_imatrix
     monkeypatch.setenv("LLM_QUANTIZE_IMATRIX_CACHE", str(tmp_path / "imatrix"))
     matrix = cached_imatrix(Job(sample_path(), device="cpu"), calibration_samples=2)
     values = {name: matrix.importance(name).numpy() for name in matrix.names}

@@ -6,9 +6,8 @@ import torch
 import transformers
 
 from llm_quantize.models.job import Job
-from llm_quantize.gguf.options import Dynamic
-from llm_quantize.gguf.options import Calibration
-from llm_quantize.calibration import sensitivity
+from llm_quantize.gguf.options import Calibration, Dynamic
+from llm_quantize.calibration.effort import Effort
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.gguf.plan import plan_dynamic, plan_gguf, validate_profile
 from llm_quantize.gguf.profiles import Profile, Target
@@ -30,15 +29,16 @@ def copied_head(tmp_path_factory):
 def test_a_copied_output_matrix_is_counted_and_quantized(copied_head, tmp_path, monkeypatch):
     "Left out of the choice, it would be written in F32 and not counted: a file far larger than was asked for."
     monkeypatch.setenv("LLM_QUANTIZE_CACHE", str(tmp_path))
-    monkeypatch.setitem(sensitivity.EFFORTS, "quick", sensitivity.Effort(1, 4, 1, 0, 0))
+    effort = Effort(curvature=1, rows=4, selection=1, anchors=0, trials=0, moments=1, tuning=0, epochs=0)
     wanted = Profile("eight", Target(8.0, "file"), floors=False)
     expected, parameters = validate_profile(wanted, Job(copied_head)).file_size, open_checkpoint(copied_head).parameters
-    job, _ = plan_dynamic(Job(copied_head, device="cpu"), Dynamic(wanted), Calibration(samples=1), effort="quick")
-    assert job.plan["output.weight"].type == plan_gguf(Job(copied_head), "Q4_K_M").plan["output.weight"].type == "Q6_K"
-    assert 8 * job.file_bytes / parameters <= 8.0 and job.file_bytes == pytest.approx(expected, rel=0.02)
-    saved = Profile("saved", wanted.target, tensors={t.name: t.type for t in job.plan if t.type != "F32"})
-    fit = validate_profile(saved, Job(copied_head))
-    assert fit.fits and fit.file_size == job.file_bytes == plan_dynamic(Job(copied_head, device="cpu"), Dynamic(saved), Calibration(samples=1))[0].file_bytes
+    job = Job(copied_head, device="cpu")
+    planned, _ = plan_dynamic(job, Dynamic(wanted), Calibration(samples=1), effort=effort)
+    assert planned.plan["output.weight"].type == plan_gguf(job, "Q4_K_M").plan["output.weight"].type == "Q6_K"
+    assert 8 * planned.file_bytes / parameters <= 8.0 and planned.file_bytes == pytest.approx(expected, rel=0.02)
+    saved = Profile("saved", wanted.target, tensors={t.name: t.type for t in planned.plan if t.type != "F32"})
+    fit = validate_profile(saved, job)
+    assert fit.fits and fit.file_size == planned.file_bytes == plan_dynamic(job, Dynamic(saved), Calibration(samples=1))[0].file_bytes
 
 
 def test_a_target_below_the_copy_is_refused(copied_head):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_quantize.models import architectures
-from llm_quantize.models.architectures import ARCHITECTURES, architecture, hf_tensors, permute, unpermute
+from llm_quantize.models.architectures import ARCHITECTURES, architecture
+from llm_quantize.models.transforms import hf_tensors, permute, unpermute
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ConversionError
 from llm_quantize.gguf.container import open_gguf, write_gguf
@@ -123,11 +124,11 @@ def spoil(tensor, role, **changes): return replace(tensor, **changes) if tensor.
 
 
 CORRUPTIONS = {
-    "rows not paired": ("llama", lambda t: spoil(t, "attn_k", way="copy"), {}),
-    "rows paired in qwen2": ("qwen2", lambda t: spoil(t, "attn_q", way="permute", number=4), {}),
-    "bias not paired": ("llama-biases", lambda t: replace(t, way="copy") if t.name == "blk.0.attn_q.bias" else t, {}),
+    "rows not paired": ("llama", lambda t: spoil(t, "attn_k", transform="copy"), {}),
+    "rows paired in qwen2": ("qwen2", lambda t: spoil(t, "attn_q", transform="permute", number=4), {}),
+    "bias not paired": ("llama-biases", lambda t: replace(t, transform="copy") if t.name == "blk.0.attn_q.bias" else t, {}),
     "heads of k taken for those of q": ("llama", lambda t: spoil(t, "attn_k", number=4), {}),
-    "no one added": ("gemma3", lambda t: spoil(t, "norm", way="copy"), {}),
+    "no one added": ("gemma3", lambda t: spoil(t, "norm", transform="copy"), {}),
     "experts exchanged": ("qwen3moe", lambda t: spoil(t, "ffn_up_exps", sources=t.sources[::-1]), {}),
     "gate and up exchanged": ("mixtral", lambda t: spoil(t, "ffn_gate_exps", sources=tuple(s.replace("w1", "w3").replace("gate_proj", "up_proj") for s in t.sources)), {}),
     "llama3 factors forgotten": ("llama3", lambda t: replace(t, values=(1.0,) * 32) if t.name.startswith("rope") else t, {}),
@@ -140,8 +141,8 @@ CORRUPTIONS = {
     "no pattern": ("gemma3-pattern", lambda t: t, {"gemma3.attention.sliding_window_pattern": 6}),
     "other window": ("gemma2", lambda t: t, {"gemma2.attention.sliding_window": 20}),
     "no soft cap": ("gemma2", lambda t: t, {"gemma2.final_logit_softcapping": 1.5}),
-    "attention's norm forgotten": ("bitnet", lambda t: replace(t, way="offset", number=1.0) if t.name == "blk.0.attn_sub_norm.weight" else t, {}),
-    "feed-forward's norm forgotten": ("bitnet", lambda t: replace(t, way="offset", number=1.0) if t.name == "blk.0.ffn_sub_norm.weight" else t, {}),
+    "attention's norm forgotten": ("bitnet", lambda t: replace(t, transform="offset", number=1.0) if t.name == "blk.0.attn_sub_norm.weight" else t, {}),
+    "feed-forward's norm forgotten": ("bitnet", lambda t: replace(t, transform="offset", number=1.0) if t.name == "blk.0.ffn_sub_norm.weight" else t, {}),
     "whole head rotated": ("phi3-partial-tied", lambda t: t, {"phi3.rope.dimension_count": 64}),
 }
 
@@ -412,6 +413,6 @@ def test_dtype_is_kept(made, tmp_path):
     "Weights are handed on in the checkpoint's dtype, except where something is added."
     half = renamed(made("gemma2")[1].path, tmp_path / "bf16", lambda t: {k: v.bfloat16() for k, v in t.items()})
     for tensor in architecture(half.config).tensors(half):
-        assert tensor.load(half).dtype == (torch.float32 if tensor.way == "offset" else torch.bfloat16)
+        assert tensor.load(half).dtype == (torch.float32 if tensor.transform == "offset" else torch.bfloat16)
     back = dict(hf_tensors(architecture(half.config).tensors(half), lambda t: t.load(half)))
     assert all(torch.equal(weights.bfloat16(), half.tensor(name)) for name, weights in back.items())

@@ -221,7 +221,7 @@ def test_packed_weights_of_another_family(tmp_path):
     folder = variant(sample_path(), tmp_path / "packed", BITLINEAR, lambda t: {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in packer(True)({k: v.float() for k, v in t.items()}).items()})
     job = plan_gguf(Job(folder), "TERNARY")
     q, k = (next(s for s in job.specs if s.name == f"blk.1.attn_{x}.weight") for x in "qk")
-    assert q.way == k.way == "permute" and {t.type for t in job.plan if t.name.startswith("blk.")} == {"TQ2_0", "F32"}
+    assert q.transform == k.transform == "permute" and {t.type for t in job.plan if t.name.startswith("blk.")} == {"TQ2_0", "F32"}
     floats = open_checkpoint(sample_path())
     assert torch.allclose(q.load(job.checkpoint), q.load(floats).float().sign() * q.load(job.checkpoint).abs(), atol=0)
 

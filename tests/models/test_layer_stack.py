@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from llm_quantize.models.layer_stack import LayerStack, Place, Waiting, run_backward, run_windows
+from llm_quantize.models.layer_stack import LayerStack, Place, run_backward, run_windows
+from llm_quantize.models.hidden_states import HiddenStates
 from llm_quantize.models.listeners import Listener, layer_inputs
 from llm_quantize.models.memory import available_memory
 from llm_quantize.models.views import Replaced, View
@@ -182,7 +183,7 @@ def test_start_and_step_cover_every_window_once(keep, made):
 @pytest.mark.parametrize("room", [0, 1.5 * 2 * 40 * 64 * 4, None], ids=["all in files", "some in files", "all in memory"])
 def test_layers_in_two_stretches_and_hidden_states_in_files(room, made, tmp_path):
     _, checkpoint = made("qwen3")
-    ids, whole, parts, waiting, files = tokens(6), Sums(), Sums(), Waiting(room, tmp_path), []
+    ids, whole, parts, waiting, files = tokens(6), Sums(), Sums(), HiddenStates(room, tmp_path), []
     stack = LayerStack(checkpoint, device="cpu", keep=False)
     run_windows(stack, ids, whole, batch=2)
     run_windows(stack, ids, parts, batch=2, waiting=waiting, stop=1, step=lambda _: files.append(len(list(tmp_path.glob("*/*")))))
@@ -199,7 +200,7 @@ def test_hidden_states_stay_in_memory_where_no_file_can_be_made(made, tmp_path, 
     _, checkpoint = made("qwen3")
     ids, whole, parts = tokens(4), Sums(), Sums()
     run_windows(LayerStack(checkpoint, device="cpu", keep=True), ids, whole)
-    run_windows(LayerStack(checkpoint, device="cpu", keep=False), ids, parts, waiting=Waiting(0, tmp_path / "missing"))
+    run_windows(LayerStack(checkpoint, device="cpu", keep=False), ids, parts, waiting=HiddenStates(0, tmp_path / "missing"))
     assert same(whole, parts) and len([r for r in caplog.records if "stay in memory" in r.message]) == 1
 
 

@@ -1,15 +1,12 @@
 "What encoders share: levels, passes, stages, chunks; and the types with one scale for 32 weights."
-import logging
-
 import gguf
 import numpy as np
 import pytest
 import torch
 
-from llm_quantize.quants import blocks  # noqa: F401  rounds fills the table
-
-from llm_quantize.quants import legacy as rounds  # noqa: F401  rounds fills the table
-from llm_quantize.quants.blocks import ENCODERS, Levels, compiling, decode_blocks, digits, emphasis, encode_blocks, error_weights, fit_errors, fit_sums, half_bytes, inverse, read_half, stage, to_half
+from llm_quantize.quants import blocks, legacy
+from llm_quantize.quants.blocks import ENCODERS, Levels, decode_blocks, digits, encode_blocks, error_weighting, error_weights
+from llm_quantize.quants.blocks import fit_errors, fit_sums, half_bytes, inverse, read_half, to_half
 from llm_quantize.errors import ArgumentError, ValidationError
 from llm_quantize.quants.qtypes import QTYPES
 
@@ -59,15 +56,15 @@ def test_codes_are_the_nearest_levels(name):
 
 
 def test_the_iq4_table_is_the_package_s():
-    assert rounds.IQ4_TABLE == tuple(gguf.quants.IQ4_NL.kvalues)
+    assert legacy.IQ4_TABLE == tuple(gguf.quants.IQ4_NL.kvalues)
 
 
-@pytest.mark.parametrize("levels", [Levels(-8, 7), Levels(0, 31), Levels(0, 15, rounds.IQ4_TABLE)], ids=["signed", "unsigned", "table"])
+@pytest.mark.parametrize("levels", [Levels(-8, 7), Levels(0, 31), Levels(0, 15, legacy.IQ4_TABLE)], ids=["signed", "unsigned", "table"])
 def test_rounding_takes_the_nearest_value(levels):
     v = torch.linspace(-150, 150, 6007)
     values = torch.tensor(levels.table or range(levels.lo, levels.hi + 1), dtype=torch.float32)
     best = (v.unsqueeze(-1) - values).abs().amin(-1)
-    for rounded in (levels.round(v), levels.value(levels.nearest(v))):
+    for rounded in (levels.round(v), levels.value(levels.nearest_code(v))):
         assert torch.isin(rounded, values).all()
         assert torch.allclose((v - rounded).abs(), best)
 
@@ -108,11 +105,11 @@ def test_error_weights_know_only_ratios_within_a_block():
     assert torch.isfinite(error_weights(torch.tensor([3e38] * 32), 32)).all()
 
 
-def test_emphasis_grows_with_the_weight():
+def test_error_weighting_grows_with_the_weight():
     x = torch.linspace(-2, 2, 32).view(1, 32, 1)
-    w = emphasis(x, torch.ones_like(x), 4.0).flatten()
+    w = error_weighting(x, torch.ones_like(x), 4.0).flatten()
     assert w.argmax() in (0, 31) and w.min() >= 2.0
-    assert torch.isfinite(emphasis(torch.zeros_like(x), torch.ones_like(x), 4.0)).all()
+    assert torch.isfinite(error_weighting(torch.zeros_like(x), torch.ones_like(x), 4.0)).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
@@ -174,22 +171,3 @@ def test_scales_stay_finite(name, scale):
 
 def test_a_row_must_divide_into_blocks():
     with pytest.raises(ArgumentError, match="blocks of 32"): encode_blocks("Q4_0", torch.zeros(2, 48))
-
-
-def test_a_failing_compiler_is_survived(monkeypatch, caplog):
-    def broken(*args, **options): raise RuntimeError("no compiler here")
-    monkeypatch.setattr(blocks, "_refused", [])
-    monkeypatch.setattr(torch, "compile", broken)
-    blocks._compiled.cache_clear()
-    @stage
-    def double(x): return 2 * x
-    with caplog.at_level(logging.WARNING), compiling(True): assert double(torch.ones(1)).item() == 2
-    assert "no compiler here" in caplog.text
-    x = torch.randn(4, 64)
-    assert torch.equal(encode_blocks("Q4_0", x, compile=True), encode_blocks("Q4_0", x, compile=False))
-    blocks._compiled.cache_clear()
-
-
-def test_compiling_is_left_when_the_block_is():
-    with pytest.raises(ZeroDivisionError), compiling(True): 1 / 0
-    assert not blocks._mode.compiled

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_quantize.quants import blocks
-
-from llm_quantize.quants import codec
+from llm_quantize.quants import blocks, codec
+from llm_quantize.quants import compile as compiles
 from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.quants.iquants import LAYOUTS
 from llm_quantize.quants.codec import FLOATS, decode, encode, encode_tensor
@@ -54,7 +53,7 @@ def made(kind, rows=48, columns=1024):
 def drawn_importance(columns, sigma, seed=1): return torch.exp(sigma * torch.randn(columns, generator=torch.Generator().manual_seed(seed)))
 
 
-def emphasised(x, rule):
+def reference_weighting(x, rule):
     "The factor that llama.cpp puts on importance."
     if rule is None: return torch.ones_like(x)
     extent, factor = (x.shape[1] if rule[0] == "row" else rule[0]), rule[1]
@@ -64,7 +63,7 @@ def emphasised(x, rule):
 def own(x, name):
     "The factor that our encoder puts on importance."
     size, damping = QTYPES[name].block_size, ENCODERS[name].damping
-    return torch.ones_like(x) if damping is None else emphasised(x, (size, damping))
+    return torch.ones_like(x) if damping is None else reference_weighting(x, (size, damping))
 
 
 def error(x, data, name, weight): return (weight * (decode(data, name) - x).square()).sum(dtype=torch.float64).item()
@@ -89,7 +88,7 @@ def test_error_under_the_reference_s_own_weighting(reference, name):
         for sigma in (0.0, 1.0):
             x = made(kind)
             importance = drawn_importance(x.shape[1], sigma)
-            weight = importance * emphasised(x, REFERENCE_WEIGHTS[name])
+            weight = importance * reference_weighting(x, REFERENCE_WEIGHTS[name])
             assert error(x, encode(x, name, importance), name, weight) <= 1.01 * error(x, reference(x, name, importance), name, weight)
 
 
@@ -163,25 +162,15 @@ def test_reference_search_says_what_is_missing(monkeypatch):
 @pytest.mark.parametrize("name", ["Q8_0", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Q3_K", "Q4_1", "IQ4_NL"))])
 def test_compiled_and_eager_agree(name, tmp_path, monkeypatch):
     "Rounding differs in the last place, so a few codes do; the error does not, and chunks do not show."
-    if not blocks._wants_compile("Q4_0", torch.zeros(1), True): pytest.skip("needs a C++ compiler, such as g++")
+    if not compiles.wants_compile("Q4_0", torch.zeros(1), True): pytest.skip("needs a C++ compiler, such as g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(blocks.CHUNK, "cpu", 1 << 15)
     x, importance = made("student", 41, 1024), drawn_importance(1024, 1.0)
-    eager, compiled = encode(x, name, importance, compile=False), encode(x, name, importance, compile=True)
-    assert not blocks._refused
+    eager, compiled = encode(x, name, importance, compiled=False), encode(x, name, importance, compiled=True)
+    assert not compiles.failures
     weight = importance * own(x, name)
     assert error(x, compiled, name, weight) == pytest.approx(error(x, eager, name, weight), rel=1e-3)
     assert (compiled != eager).float().mean() < 0.05
-
-
-def test_compiling_waits_for_work(monkeypatch):
-    monkeypatch.setattr(blocks, "_seen", type(blocks._seen)())
-    monkeypatch.setattr(blocks, "_refused", [])
-    small, large = torch.zeros(1, 256), torch.empty(blocks.COMPILE_FROM // 256, 256, device="meta")
-    assert not blocks._wants_compile("Q4_K", small, None)
-    assert not blocks._wants_compile("Q4_K", large, False)
-    assert blocks._wants_compile("Q4_K", small, None)          # what was seen before counts
-    assert not blocks._wants_compile("Q5_K", small, None)
 
 
 def test_half_precision_input_and_importance_dtypes():

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from llm_quantize.quants import iquants  # registers the encoders
-from llm_quantize.quants.blocks import ENCODERS, THOROUGH, compiling, decode_blocks, encode_blocks, inverse
+from llm_quantize.quants.blocks import ENCODERS, THOROUGH, decode_blocks, encode_blocks, inverse
+from llm_quantize.quants.compile import compiling
 from llm_quantize.quants.iq_grids import Grid, grid_points, lay, near_points
 
 NAMES = list(iquants.LAYOUTS)

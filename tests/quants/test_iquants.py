@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quantize.quants import blocks
-from llm_quantize.quants.blocks import ENCODERS, compiling, decode_blocks, encode_blocks, stage
+from llm_quantize.quants import compile as compiles
+from llm_quantize.quants.blocks import ENCODERS, decode_blocks, encode_blocks
+from llm_quantize.quants.compile import compiling, stage
 from llm_quantize.quants.iq_grids import grid_points
 from llm_quantize.quants.iquants import LAYOUTS, point_indices, points_at
 from llm_quantize.quants.qtypes import QTYPES
@@ -43,10 +44,10 @@ def by_gguf(name, data):
     return torch.from_numpy(gguf.quants.dequantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType[name]).copy())
 
 
-def unpack(name, data): return (LAYOUTS[name][3] if name in LAYOUTS else ENCODERS[name].unpack)(torch.from_numpy(data).T.contiguous())
+def unpack(name, data): return (LAYOUTS[name].unpack if name in LAYOUTS else ENCODERS[name].unpack)(torch.from_numpy(data).T.contiguous())
 
 
-def pack(name, fields, codes): return (LAYOUTS[name][2] if name in LAYOUTS else ENCODERS[name].pack)(fields, codes).T.numpy()
+def pack(name, fields, codes): return (LAYOUTS[name].pack if name in LAYOUTS else ENCODERS[name].pack)(fields, codes).T.numpy()
 
 
 def ours(name, data):
@@ -149,7 +150,7 @@ def test_vectors_off_the_grid_have_no_index(name):
 
 
 @pytest.mark.parametrize("name", GRID_TYPES)
-def test_points_and_indices_are_each_other_s_way_back(name):
+def test_points_and_indices_are_inverses(name):
     points = grid_points(name)
     index = torch.randint(0, len(points), (3, 256 // points.shape[1], 5), generator=torch.Generator().manual_seed(4))
     values = points_at(name, index)
@@ -161,30 +162,30 @@ def test_points_and_indices_are_each_other_s_way_back(name):
 def test_tiles_in_front_change_nothing(name):
     data = random_bytes(name, 24)
     tiled = torch.from_numpy(data).view(4, 6, -1).transpose(1, 2).contiguous()
-    fields, codes = LAYOUTS[name][3](tiled)
+    fields, codes = LAYOUTS[name].unpack(tiled)
     flat = unpack(name, data)[1]
     assert torch.equal(codes.movedim(0, -2).flatten(-2), flat)
-    assert torch.equal(LAYOUTS[name][2](fields, codes), tiled)
+    assert torch.equal(LAYOUTS[name].pack(fields, codes), tiled)
 
 
 @pytest.mark.parametrize("name", ["IQ2_XXS", *(pytest.param(n, marks=pytest.mark.slow) for n in GRID_TYPES if n != "IQ2_XXS")])
 def test_compiled_pack_writes_the_same_bytes(name, tmp_path, monkeypatch):
-    if not blocks._wants_compile(name, torch.zeros(1), True): pytest.skip("needs a C++ compiler, such as g++")
+    if not compiles.wants_compile(name, torch.zeros(1), True): pytest.skip("needs a C++ compiler, such as g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     data = random_bytes(name, 128)
     fields, codes = unpack(name, data)
-    with compiling(True): packed = stage(LAYOUTS[name][2])(fields, codes)
-    assert not blocks._refused and np.array_equal(packed.T.numpy(), data)
+    with compiling(True): packed = stage(LAYOUTS[name].pack)(fields, codes)
+    assert not compiles.failures and np.array_equal(packed.T.numpy(), data)
 
 
 @pytest.mark.parametrize("name", GRID_TYPES)
 def test_a_gpu_reads_and_writes_the_same(name):
     if not torch.cuda.is_available(): pytest.skip("needs a CUDA GPU")
     data = torch.from_numpy(random_bytes(name)).T.contiguous()
-    fields, codes = LAYOUTS[name][3](data.cuda())
-    assert torch.equal(codes.cpu(), LAYOUTS[name][3](data)[1])
+    fields, codes = LAYOUTS[name].unpack(data.cuda())
+    assert torch.equal(codes.cpu(), LAYOUTS[name].unpack(data)[1])
     for compiled in (False, True):
-        with compiling(compiled): assert torch.equal(stage(LAYOUTS[name][2])(fields, codes).cpu(), data)
+        with compiling(compiled): assert torch.equal(stage(LAYOUTS[name].pack)(fields, codes).cpu(), data)
 
 
 def test_iq4_xs_is_near_iq4_nl():

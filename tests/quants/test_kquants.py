@@ -8,7 +8,7 @@ from llm_quantize.quants import kquants
 from llm_quantize.quants.blocks import ENCODERS, Levels, decode_blocks, encode_blocks, error_weights, fit_errors, inverse
 from llm_quantize.errors import ArgumentError, ValidationError
 from llm_quantize.quants.qtypes import QTYPES
-from llm_quantize.quants.scale_search import affine_scale, pick, polish, refit, steps, super_scale, symmetric_scale
+from llm_quantize.quants.scale_search import affine_scale, local_search, pick, refit, super_scale, super_steps, symmetric_scale
 
 K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 SCALES_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where the f16 fields begin
@@ -58,7 +58,7 @@ def test_neighbouring_scales_are_no_better(name):
     w = torch.ones_like(x)
     fields = encoder.search(x, w)
     def error(fields):
-        step, offset = (v if v is None else v.unsqueeze(-2) for v in steps(fields))
+        step, offset = (v if v is None else v.unsqueeze(-2) for v in super_steps(fields))
         return fit_errors(x, w, step, inverse(step), offset, encoder.levels).squeeze(-2)
     written = error(fields)
     for change in (-1, 1):
@@ -148,16 +148,16 @@ def test_super_scale_is_near_the_best_of_a_grid():
     assert (k >= 0).all() and (k <= 63).all() and torch.equal(d.half().float(), d)
 
 
-def test_polishing_and_refitting_never_hurt():
+def test_local_search_and_refitting_never_hurt():
     seed = torch.Generator().manual_seed(9)
     x, w, levels = torch.randn(8, 32, 40, generator=seed), torch.rand(8, 32, 40, generator=seed), Levels(0, 15)
     fields = {"d": torch.full((40,), 0.005), "scales": torch.full((8, 40), 60.0), "dmin": torch.full((40,), 0.05), "mins": torch.full((8, 40), 45.0)}
     def error(fields):
-        step, offset = (v.unsqueeze(-2) for v in steps(fields))
+        step, offset = (v.unsqueeze(-2) for v in super_steps(fields))
         return fit_errors(x, w, step, inverse(step), offset, levels).sum((0, 1))
-    once, thrice = (polish(x, w, fields, levels, (0, 63), kquants._NEIGHBOURS, rounds) for rounds in (1, 3))
+    once, thrice = (local_search(x, w, fields, levels, (0, 63), kquants._NEIGHBOURS, rounds) for rounds in (1, 3))
     assert (error(once) <= error(fields) * (1 + 1e-5)).all() and (error(thrice) <= error(once) * (1 + 1e-5)).all()
     assert error(thrice).sum() < 0.9 * error(fields).sum()
-    step, offset = (v.unsqueeze(-2) for v in steps(fields))
+    step, offset = (v.unsqueeze(-2) for v in super_steps(fields))
     new = refit(x, w, step, inverse(step), offset, fields, levels)
     assert set(new) == {"d", "dmin"} and torch.isfinite(new["d"]).all()
