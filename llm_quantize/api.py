@@ -262,7 +262,8 @@ def quantize(
     job = Job(model, device=device, pre=pre, progress=progress)
     if dry_run: return _plan_only(job, request)
     result = _smoothquant(job, given) if request is None else quantize_gguf(job, request)
-    return result if checks is None else judge(result, model, checks, options=_again(given), device=device)
+    if checks is None: return result
+    return judge(result, model, checks, make=quantize, options=_again(given), device=device)
 
 # %% ../nbs/api.ipynb #api-plan
 @_verb

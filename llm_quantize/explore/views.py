@@ -25,8 +25,9 @@ from ..gguf.allocation import TypeChoice, apply_rules, reachable
 from ..gguf.plan import plan_gguf
 from ..gguf.profiles import PRESETS, Profile, Target
 from ..gguf.resolution import choose_types
-from ..quality.evaluate import SHARES, Comparison, QualityReport
+from ..quality.comparison import Comparison
 from ..quality.html import html_table
+from ..quality.report import SHARES, QualityReport
 from ..quants.qtypes import qtype
 
 # %% ../../nbs/explore/04_views.ipynb #views-places
