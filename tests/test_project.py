@@ -487,3 +487,31 @@ def test_direct_dependencies_are_pinned():
     wanted = {re.split(r"[<>=]", word)[0] for line in re.findall(r"requirements = (.*)", settings) for word in line.split()}
     pinned = {re.split(r"==", line)[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line}
     assert wanted == pinned
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+def refused_names():
+    "The names in the last column of the tables of the glossary."
+    rows = [line for cell in cells(ROOT / "nbs" / "glossary.ipynb") for line in source(cell).splitlines() if line.startswith("| ")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row.strip().removesuffix("|").rsplit("|", 1)[-1])}
+
+
+def public_names():
+    "Names of modules, and the public ones that they define at their top, as lower case -> where."
+    found = {}
+    for path in MODULES:
+        found.setdefault(path.stem, dotted(path))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else getattr(node, "targets", [])
+            for target in targets:
+                name = getattr(target, "name", getattr(target, "id", "_"))
+                if not name.startswith("_"): found.setdefault(name.lower(), f"{dotted(path)}.{name}")
+    return found
+
+
+def test_no_public_name_is_one_that_the_glossary_refuses():
+    refused, public = refused_names(), public_names()
+    assert {"way", "encode_ahead", "recipes", "judgement"} <= refused
+    assert {"quantize", "qtypes", "encode_tensor", "architectures"} <= public.keys()
+    assert not {name: public[name] for name in refused & public.keys()}
