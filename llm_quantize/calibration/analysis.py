@@ -22,8 +22,9 @@ import torch
 
 from .collect import METHODS, collect, saved_way
 from .imatrix import ImportanceMatrix
+from .ranked_weights import rank_weights
 from .resume import discard_state
-from .super_weights import SuperWeights, find_super_weights, rank_weights
+from .super_weights import SuperWeights, find_super_weights
 from .text import text_of
 from ..errors import ArgumentError, CheckpointError, ImatrixError, ImportanceError, OutOfMemoryError
 from ..models.fingerprint import fingerprint

@@ -13,11 +13,11 @@ import gguf
 import numpy as np
 import torch
 
+from .imatrix_statistics import REMAKE, ChannelSums, block_rows, strength_map
 from ..display import html_summary, html_text, markdown_table
 from ..errors import ImatrixError
 from ..files import aside
 from ..models.architectures import GGUFTensor
-from .imatrix_statistics import REMAKE, ChannelSums, block_rows, strength_map
 
 # %% ../../nbs/calibration/02_imatrix.ipynb #imatrix-importance
 class _Importance(ChannelSums):

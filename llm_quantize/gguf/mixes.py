@@ -14,7 +14,7 @@ from math import prod
 
 from ..display import block_map, closest, html_summary
 from ..errors import ArgumentError, ConversionError
-from .tensor_rules import why_f32, layer_of, role_of
+from .tensor_rules import layer_of, role_of, why_f32
 from ..quants.qtypes import QTYPES, qtype
 
 # %% ../../nbs/gguf/03_mixes.ipynb #mixes-mix

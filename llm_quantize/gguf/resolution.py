@@ -19,7 +19,15 @@ from ..calibration.effort import Effort, find_effort
 from ..calibration.imatrix import ImportanceMatrix, importance_of
 from ..calibration.probe import Probe, probe_of
 from ..calibration.sensitivity import Sensitivity, candidate_types, imatrix_hash, measure_sensitivity
-from .allocation import Allocation, TypeChoice, allocate, allocate_blocks, apply_rules, fitting, local_search
+from llm_quantize.gguf.allocation import (
+    Allocation,
+    TypeChoice,
+    allocate,
+    allocate_blocks,
+    apply_rules,
+    fitting,
+    local_search,
+)
 from .mixes import MIXES, Plan, PlannedTensor
 from .profiles import PRESETS, Profile, facts_of
 from .tensor_rules import why_f32

@@ -26,7 +26,7 @@ from llm_quantize.api import quantize
 from llm_quantize.calibration.probe import Probe, texts
 from llm_quantize.calibration.effort import find_effort
 from llm_quantize.calibration.sensitivity import measure_sensitivity
-from llm_quantize.calibration.super_weights import rank_weights
+from llm_quantize.calibration.ranked_weights import rank_weights
 
 DOWN, PLACES = "blk.0.ffn_down.weight", [(12, 210), (3, 210), (156, 210), (174, 210)]
 
