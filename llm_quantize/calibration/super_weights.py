@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['INPUT_SPIKE', 'PRODUCT_SPIKE', 'REST', 'find_spikes', 'hf_place', 'Zeroed', 'SuperWeight', 'SuperWeights',
-           'saved_super_weights', 'find_super_weights', 'RankedWeights', 'weight_scores', 'rank_weights']
+           'saved_super_weights', 'find_super_weights']
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-import-json
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .imatrix import ImportanceMatrix
+from ..display import html_text
 from ..errors import ArgumentError
-from ..models.architectures import architecture
-from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.layer_stack import LayerStack, run_windows
 from ..models.listeners import Listener
 from ..models.transforms import GGUFTensor
-from ..models.views import View
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-find-spikes
 INPUT_SPIKE = 20      # times the ordinary largest input of a token
@@ -42,7 +41,7 @@ def find_spikes(x: torch.Tensor,                # (tokens, columns) inputs of ff
         token, row = divmod(y.abs().argmax().item(), y.shape[1])
         spike = y[token, row].item()
         if abs(spike) < max(PRODUCT_SPIKE * usual_y, REST * largest): return found
-        products = weight[row] * x[token] * (1 if spike > 0 else -1)
+        products = weight[row] * x[token] * (1 if spike > 0 else -1) # what each weight adds to the spike
         products[gone.get(row, [])] = 0
         column = products.argmax().item()
         if not products[column] >= PRODUCT_SPIKE * usual_y or not x[token, column].abs() >= INPUT_SPIKE * usual_x:
@@ -70,30 +69,28 @@ def hf_place(tensor: GGUFTensor,         # of the GGUF
             ) -> tuple:                  # name in the checkpoint, index of the row there
     "Where a row of a GGUF tensor lies in the checkpoint: the name, and what to put before the column."
     if tensor.transform == "permute":
-        order = (
-            torch.arange(tensor.shape[0]).view(tensor.number, 2, -1).transpose(1, 2).flatten()
-        )  # as architectures.permute rearranges rows
+        # as architectures.permute rearranges rows
+        order = torch.arange(tensor.shape[0]).view(tensor.number, 2, -1).transpose(1, 2).flatten()
         return tensor.sources[0], (order[row].item(),)
     if tensor.transform == "half": return tensor.sources[0], (expert, row + int(tensor.number) * tensor.shape[-2])
     if tensor.transform == "stack": return tensor.sources[expert], (row,)
     return tensor.sources[0], (row,) if expert is None else (expert, row)
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-zeroed
-class Zeroed(View):
-    "A checkpoint in which some weights read as zero; the original is left alone."
+class Zeroed(Checkpoint):
+    "A checkpoint in which some weights read as zero."
 
     def __init__(self, checkpoint: Checkpoint,
                  places: list): # (name in the checkpoint, row index, column)
-        super().__init__(checkpoint)
-        self.places = places
+        super().__init__(checkpoint.path, checkpoint.name)
+        self._original, self.places = checkpoint, places
 
     def tensor(self, name: str) -> torch.Tensor:
         "One tensor, with its holes."
-        holes = [(*row, column) for other, row, column in self.places if other == name]
-        if not holes: return self.original.tensor(name)
-        tensor = self.original.tensor(name).clone() # the original may keep what it gave
-        for hole in holes: tensor[hole] = 0
-        return tensor
+        found = self._original.tensor(name)
+        for other, row, column in self.places:
+            if other == name: found[(*row, column)] = 0
+        return found
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-run
 def _run(
@@ -110,8 +107,8 @@ def _run(
 def _losses(stack: LayerStack, head: Callable, hidden: list, ids: torch.Tensor) -> torch.Tensor: # (tokens,) float64
     "Negative log-likelihoods of the second half of each window."
     half, found = ids.shape[1] // 2, []
-    for h, window in zip(hidden, ids):
-        for part, target in zip(h[0, half - 1:-1].split(64), window[half:].split(64)):
+    for h, window in zip(hidden, ids, strict=True):
+        for part, target in zip(h[0, half - 1:-1].split(64), window[half:].split(64), strict=True):
             logits = head(part.to(stack.device)).float().cpu()
             found.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double())
     return torch.cat(found)
@@ -151,7 +148,7 @@ class SuperWeight:
 class SuperWeights:
     "What was found in a model, what it does, and what is left when it is gone."
     found: tuple = ()  # SuperWeight, largest output spike first in each layer
-    layers: tuple = ()  # of each ffn_down: tensor, ordinary and largest input and output, before and after zeroing all that was found
+    layers: tuple = ()  # of each ffn_down: its ordinary and largest input and output, before and after zeroing
     perplexity: float | None = None        # of the untouched model
     perplexity_all_zeroed: float | None = None
     tokens: int = 0                          # scored for the perplexities
@@ -175,21 +172,24 @@ class SuperWeights:
         "What a person wants to read."
         if not self.found:
             return f"No super weights found in {len(self.layers)} layers: no single weight makes a spike."
-        lines = [
-            f"{'tensor':<26}{'row':>6}{'column':>8}{'value':>9}{'input':>10}{'output':>10}{'times ordinary':>16}{'perplexity':>12}"
-        ]
-        for w in self.found:
-            effect = "" if w.perplexity_ratio is None else f"{100 * (w.perplexity_ratio - 1):+.2f}%"
-            name = w.tensor if w.expert is None else f"{w.tensor}[{w.expert}]"
-            lines.append(
-                f"{name:<26}{w.row:>6}{w.col:>8}{w.value:>9.4f}{w.input_spike:>10.1f}{w.output_spike:>10.1f}{w.output_ratio:>16.0f}{effect:>12}"
-            )
+        lines = [_HEADER, *map(_line, self.found)]
         if self.perplexity_all_zeroed:
             lines.append(f"perplexity {self.perplexity:.2f}, with all of them zeroed {self.perplexity_all_zeroed:.2f}")
         return "\n".join(lines)
 
-    def _repr_markdown_(self) -> str:
-        return f"```\n{self.render()}\n```"
+    def _repr_html_(self) -> str: return f"<pre>{html_text(self.render())}</pre>"
+
+    def _repr_markdown_(self) -> str: return f"```\n{self.render()}\n```"
+
+# %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-line
+_HEADER = "{:<26}{:>6}{:>8}{:>9}{:>10}{:>10}{:>16}{:>12}".format(
+    "tensor", "row", "column", "value", "input", "output", "times ordinary", "perplexity"
+)
+
+def _line(w: SuperWeight) -> str:
+    effect = "" if w.perplexity_ratio is None else f"{100 * (w.perplexity_ratio - 1):+.2f}%"
+    place = f"{w.tensor if w.expert is None else f'{w.tensor}[{w.expert}]':<26}{w.row:>6}{w.col:>8}{w.value:>9.4f}"
+    return f"{place}{w.input_spike:>10.1f}{w.output_spike:>10.1f}{w.output_ratio:>16.0f}{effect:>12}"
 
 _NOTE = "llm_quantize.calibration.super_weights"
 
@@ -201,8 +201,8 @@ def saved_super_weights(matrix: ImportanceMatrix # loaded from a file
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-downprojections
 class _DownProjections(Listener):
     "Judges every ffn_down of a model as it comes by; holds the activations of one tensor at a time."
-    def __init__(self, tensors: dict, checkpoint: Checkpoint, search: bool = True):
-        self.tensors, self.checkpoint, self.search = tensors, checkpoint, search
+    def __init__(self, stack: LayerStack, search: bool = True): # `search`: look for super weights as well
+        self.checkpoint, self.tensors, self.search = stack.checkpoint, {t.name: t for t in stack.tensors}, search
         self.seen, self.found, self.layers, self._name = [], [], {}, None
 
     def output(self, name: str, x: torch.Tensor, y: torch.Tensor, expert: int) -> None:
@@ -214,44 +214,37 @@ class _DownProjections(Listener):
     def flush(self) -> None:
         "Judge the tensor at hand."
         if not self.seen: return
-        name, seen = self._name, self.seen
-        ordinary = tuple(torch.cat([part[i].abs().amax(1) for part in seen]).median().item() for i in (1, 2))
-        largest = [max(part[i].abs().max().item() for part in seen) for i in (1, 2)]
-        self.layers[name] = {
-            "ordinary_input": ordinary[0],
-            "largest_input": largest[0],
-            "ordinary_output": ordinary[1],
-            "largest_output": largest[1],
-        }
-        self.seen = []
-        if not self.search or largest[0] < INPUT_SPIKE * ordinary[0] or largest[1] < PRODUCT_SPIKE * ordinary[1]: return
-        tensor = self.tensors[name]
-        weight = tensor.load(self.checkpoint)
-        for expert, x, y in seen:
-            stacked = weight.dim() == 3
-            for spike in find_spikes(x, y, (weight[expert] if stacked else weight).to(x.device), ordinary):
-                number = expert if stacked else None
-                self.found.append(
-                    SuperWeight(
-                        tensor=name,
-                        hf_tensor=hf_place(tensor, spike["row"], number)[0],
-                        layer=tensor.layer,
-                        expert=number,
-                        **spike,
-                    )
-                )
+        name, seen, self.seen = self._name, self.seen, []
+        usual_x, usual_y = (torch.cat([part[i].abs().amax(1) for part in seen]).median().item() for i in (1, 2))
+        largest_x, largest_y = (max(part[i].abs().max().item() for part in seen) for i in (1, 2))
+        self.layers[name] = {"ordinary_input": usual_x, "largest_input": largest_x,
+                             "ordinary_output": usual_y, "largest_output": largest_y}
+        calm = largest_x < INPUT_SPIKE * usual_x or largest_y < PRODUCT_SPIKE * usual_y
+        if self.search and not calm: self.found += self._super_weights(self.tensors[name], seen, (usual_x, usual_y))
 
-def _look(checkpoint: Checkpoint, stack: LayerStack, ids: torch.Tensor, search: bool = True) -> _DownProjections:
-    ear = _DownProjections({t.name: t for t in stack.tensors}, checkpoint, search)
-    run_windows(stack, ids[:1], ear)
-    ear.flush()
-    return ear
+    def _super_weights(self, tensor: GGUFTensor, seen: list, ordinary: tuple) -> list:
+        weight, found = tensor.load(self.checkpoint), []
+        for expert, x, y in seen:
+            number = expert if weight.dim() == 3 else None
+            own = weight if number is None else weight[expert]
+            for spike in find_spikes(x, y, own.to(x.device), ordinary):
+                source = hf_place(tensor, spike["row"], number)[0]
+                place = {"tensor": tensor.name, "hf_tensor": source, "layer": tensor.layer, "expert": number}
+                found.append(SuperWeight(**place, **spike))
+        return found
+
+# %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-look
+def _look(stack: LayerStack, ids: torch.Tensor, search: bool = True) -> _DownProjections:
+    "What the first window shows."
+    down = _DownProjections(stack, search)
+    run_windows(stack, ids[:1], down)
+    down.flush()
+    return down
 
 def _with_holes(stack: LayerStack, places: list) -> LayerStack: # places: (name in the checkpoint, row index, column)
     "The same model with some weights zeroed; a layer is loaded when it is asked for."
     return LayerStack(Zeroed(stack.checkpoint, places), device=stack.device, dtype=stack.dtype, keep=False)
 
-# %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-find-super-weights
 def find_super_weights(
     model: LayerStack | str | Path | Checkpoint,  # a layer stack in use, or a checkpoint, directory or Hub id
     ids: torch.Tensor,  # (windows, size) tokens; the search reads the first window
@@ -266,154 +259,47 @@ def find_super_weights(
     A layer stack is run as it is, on its device and in its precision; a checkpoint is run in float32.
     Raises `ArgumentError` for tokens that are not windows of 8 or more."""
     if ids.dim() != 2 or not len(ids) or ids.shape[1] < 8:
-        raise ArgumentError(
-            f"tokens of shape {tuple(ids.shape)} are no window to search with",
-            "give (windows, size) tokens from calibration.windows, of 8 or more each",
-        )
+        what = f"tokens of shape {tuple(ids.shape)} are no window to search with"
+        raise ArgumentError(what, "give (windows, size) tokens from calibration.windows, of 8 or more each")
     tell = progress or (lambda done, total: None)
     stack = model
     if not isinstance(model, LayerStack): stack = LayerStack(model, device=device, dtype=torch.float32, keep=keep)
-    before = _look(stack.checkpoint, stack, ids)
-    tensors = {t.name: t for t in stack.tensors}
-    places = [(*hf_place(tensors[w.tensor], w.row, w.expert), w.col) for w in before.found]
+    before = _look(stack, ids)
+    places = [(*hf_place(before.tensors[w.tensor], w.row, w.expert), w.col) for w in before.found]
     tell(1, 2 + len(places))
-    after = before
-    if places: after = _look(stack.checkpoint, _with_holes(stack, places), ids, search=False)
-    rows = tuple(
-        {
-            "tensor": name,
-            "layer": tensors[name].layer,
-            **row,
-            **{f"{k}_zeroed": v for k, v in after.layers[name].items() if k.startswith("largest")},
-        }
-        for name, row in before.layers.items()
-    )
+    after = _look(_with_holes(stack, places), ids, search=False) if places else before
+    rows = tuple(_layer_row(before.tensors[name], row, after.layers[name]) for name, row in before.layers.items())
     tell(2, 2 + len(places))
-    if effect_ids is None or not places: return SuperWeights(tuple(before.found), rows)
-    return _measure(stack, before.found, places, rows, effect_ids, tell)
+    result = SuperWeights(tuple(before.found), rows)
+    return result if effect_ids is None or not places else _measured(stack, result, places, effect_ids, tell)
 
-def _measure(
-    stack: LayerStack, found: list, places: list, rows: tuple, ids: torch.Tensor, tell: Callable
+# %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-layer-row
+def _layer_row(tensor: GGUFTensor, before: dict, after: dict) -> dict:
+    left = {f"{key}_zeroed": value for key, value in after.items() if key.startswith("largest")}
+    return {"tensor": tensor.name, "layer": tensor.layer, **before, **left}
+
+# %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-measured
+@torch.inference_mode()
+def _measured(
+    stack: LayerStack, result: SuperWeights, places: list, ids: torch.Tensor, tell: Callable
 ) -> SuperWeights:
-    "Perplexity with each weight zeroed alone, and with all of them."
-    with torch.inference_mode():
-        embed, head = stack.embedding(ids), stack.head()
-        affected = tuple(sorted({w.layer for w in found}))
-        hidden, kept = _run(stack, [embed(window[None]).cpu() for window in ids], keep=affected)
-        base = _losses(stack, head, hidden, ids)
-        def without(holes: list, layers: tuple) -> torch.Tensor:
-            holed = _with_holes(stack, holes)
-            return _losses(stack, head, _run(stack, kept[layers[0]], layers[0], {i: holed[i] for i in layers})[0], ids)
-        measured = []
-        for number, (weight, place) in enumerate(zip(found, places)):
-            losses = without([place], (weight.layer,))
-            change, ratio = losses - base, (losses - base).mean().exp().item()
-            measured.append(
-                SuperWeight(
-                    **{
-                        **asdict(weight),
-                        "perplexity_zeroed": losses.mean().exp().item(),
-                        "perplexity_ratio": ratio,
-                        "perplexity_ratio_se": ratio * (change.std() / len(change) ** 0.5).item(),
-                    }
-                )
-            )
-            tell(3 + number, 2 + len(places))
-        return SuperWeights(
-            tuple(measured), rows, base.mean().exp().item(), without(places, affected).mean().exp().item(), len(base)
-        )
+    embed, head = stack.embedding(ids), stack.head()
+    affected = tuple(sorted({w.layer for w in result.found}))
+    hidden, kept = _run(stack, [embed(window[None]).cpu() for window in ids], keep=affected)
+    base = _losses(stack, head, hidden, ids)
 
-# %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-rankedweights
-@dataclass(frozen=True)
-class RankedWeights:
-    "The weights above a threshold of importance: how many in each tensor; which, when asked with the tensor."
-    coverage: float                              # share that was asked for
-    threshold: float                             # smallest score taken
-    total_weights: int                           # that were ranked
-    total_protected: int                         # exactly round(coverage x total_weights)
-    counts: dict = field(default_factory=dict)   # GGUF name -> (taken, weights)
-    ties: dict = field(default_factory=dict)     # GGUF name -> how many are taken of those equal to the threshold
+    def without(holes: list, layers: tuple) -> torch.Tensor: # (tokens,)
+        holed = _with_holes(stack, holes)
+        return _losses(stack, head, _run(stack, kept[layers[0]], layers[0], {i: holed[i] for i in layers})[0], ids)
 
-    def mask(self, name: str, scores: torch.Tensor) -> torch.Tensor: # bool, the shape of `scores`
-        "Which weights of a tensor are taken, from its `weight_scores`."
-        taken, equal = scores > self.threshold, (scores == self.threshold).flatten()
-        if not self.counts[name][0]: return torch.zeros_like(taken)
-        return taken | (equal & (equal.cumsum(0) <= self.ties.get(name, 0))).view(scores.shape)
-
-    def to_dict(self) -> dict:
-        "For JSON."
-        return {
-            "coverage": self.coverage,
-            "threshold": self.threshold,
-            "total_weights": self.total_weights,
-            "total_protected": self.total_protected,
-            "tensors": [
-                {"tensor": name, "protected": taken, "weights": weights}
-                for name, (taken, weights) in self.counts.items()
-            ],
-        }
-
-def weight_scores(weight: torch.Tensor,     # (rows, columns) or (experts, rows, columns)
-                  importance: torch.Tensor  # (columns,) or (experts, columns), from `ImportanceMatrix.importance`
-                 ) -> torch.Tensor:         # float32, the shape of `weight`
-    "Importance times squared weight."
-    return (
-        weight.float().square().mul_((importance if importance.dim() == 1 else importance[:, None]).to(weight.device))
-    )
-
-def _scores(checkpoint: Checkpoint, matrix: ImportanceMatrix): # yields name, (weights,) int32: bit patterns of scores
-    "Scores of every weight matrix that has an entry, a tensor at a time."
-    for tensor in architecture(checkpoint.config).tensors(checkpoint):
-        if tensor.quantizable and tensor.name in matrix.sums:
-            yield (
-                tensor.name,
-                weight_scores(tensor.load(checkpoint), matrix.importance(tensor.name, tensor.shape[-1]))
-                .flatten()
-                .view(torch.int32),
-            )
-
-# %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-rank-weights
-def rank_weights(model: str | Path | Checkpoint, # directory, Hub id or opened checkpoint
-                 matrix: ImportanceMatrix,         # of this model; tensors without an entry are not ranked
-                 coverage: float = 0.0001          # share of the ranked weights
-                ) -> RankedWeights:
-    "The most important share of a model's weights, counted exactly in two readings."
-    if not 0 <= coverage <= 1:
-        raise ArgumentError(f"coverage {coverage} is not a share", "give a number between 0 and 1; 0.0001 is usual")
-    checkpoint, sizes, upper = open_checkpoint(model), {}, torch.zeros(1 << 15, dtype=torch.int64)
-    for name, bits in _scores(checkpoint, matrix):
-        sizes[name] = bits.numel()
-        for part in bits.split(1 << 24): upper += torch.bincount(part >> 16, minlength=1 << 15)
-    total = sum(sizes.values())
-    wanted = round(coverage * total)
-    if not wanted:
-        return RankedWeights(coverage, float("inf"), total, 0, {name: (0, size) for name, size in sizes.items()})
-    above = upper.flip(0).cumsum(0).flip(0)                     # scores in this bin and higher ones
-    bin = int((above >= wanted).nonzero().max())
-    higher, lower = {}, {}  # of each tensor: scores in higher bins; counts by lower bits in this one
-    for name, bits in _scores(checkpoint, matrix):
-        higher[name], inside = 0, []
-        for part in bits.split(1 << 24):
-            top = part >> 16
-            higher[name] += int((top > bin).sum())
-            inside.append(part[top == bin] & 0xFFFF)
-        lower[name] = torch.bincount(torch.cat(inside), minlength=1 << 16)
-    at_least = sum(higher.values()) + sum(lower.values()).flip(0).cumsum(0).flip(0)
-    last = int((at_least >= wanted).nonzero().max())
-    missing, counts, ties = (
-        wanted - int(at_least[last + 1] if last + 1 < len(at_least) else sum(higher.values())),
-        {},
-        {},
-    )
-    for name, size in sizes.items():
-        ties[name] = min(missing, int(lower[name][last]))
-        missing -= ties[name]
-        counts[name] = higher[name] + int(lower[name][last + 1:].sum()) + ties[name], size
-    return RankedWeights(
-        coverage,
-        torch.tensor((bin << 16) + last, dtype=torch.int32).view(torch.float32).item(),
-        total,
-        wanted,
-        counts,
-        ties,
-    )
+    measured = []
+    for number, (weight, place) in enumerate(zip(result.found, places, strict=True)):
+        losses = without([place], (weight.layer,))
+        change, ratio = losses - base, (losses - base).mean().exp().item()
+        error = ratio * (change.std() / len(change) ** 0.5).item()
+        perplexity = losses.mean().exp().item()
+        effect = {"perplexity_zeroed": perplexity, "perplexity_ratio": ratio, "perplexity_ratio_se": error}
+        measured.append(replace(weight, **effect))
+        tell(3 + number, 2 + len(places))
+    everything = without(places, affected).mean().exp().item()
+    return SuperWeights(tuple(measured), result.layers, base.mean().exp().item(), everything, len(base))

@@ -18,8 +18,9 @@ import torch
 from ..calibration.effort import find_effort
 from ..calibration.imatrix import ImportanceMatrix
 from ..calibration.probe import Probe, probe_of, texts
+from ..calibration.ranked_weights import RankedWeights, rank_weights
 from ..calibration.sensitivity import Sensitivity, measure_sensitivity
-from ..calibration.super_weights import RankedWeights, find_super_weights, rank_weights, saved_super_weights
+from ..calibration.super_weights import find_super_weights, saved_super_weights
 from ..errors import ArgumentError, OutOfMemoryError
 from .allocation import TypeChoice, allocate
 from .options import Calibration, Protect
