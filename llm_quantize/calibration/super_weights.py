@@ -21,6 +21,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.layer_stack import LayerStack, run_windows
 from ..models.listeners import Listener
 from ..models.transforms import GGUFTensor
+from ..models.views import View
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-find-spikes
 INPUT_SPIKE = 20      # times the ordinary largest input of a token
@@ -77,20 +78,21 @@ def hf_place(tensor: GGUFTensor,         # of the GGUF
     return tensor.sources[0], (row,) if expert is None else (expert, row)
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-zeroed
-class Zeroed(Checkpoint):
-    "A checkpoint in which some weights read as zero."
+class Zeroed(View):
+    "A checkpoint in which some weights read as zero; the original is left alone."
 
     def __init__(self, checkpoint: Checkpoint,
                  places: list): # (name in the checkpoint, row index, column)
-        super().__init__(checkpoint.path, checkpoint.name)
-        self._original, self.places = checkpoint, places
+        super().__init__(checkpoint)
+        self.places = places
 
     def tensor(self, name: str) -> torch.Tensor:
         "One tensor, with its holes."
-        found = self._original.tensor(name)
-        for other, row, column in self.places:
-            if other == name: found[(*row, column)] = 0
-        return found
+        holes = [(*row, column) for other, row, column in self.places if other == name]
+        if not holes: return self.original.tensor(name)
+        tensor = self.original.tensor(name).clone() # the original may keep what it gave
+        for hole in holes: tensor[hole] = 0
+        return tensor
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-run
 def _run(

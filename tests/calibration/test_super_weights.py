@@ -15,6 +15,7 @@ from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.calibration.super_weights import SuperWeights, Zeroed, find_spikes, find_super_weights, hf_place, saved_super_weights
+from llm_quantize.models.views import Kept
 from llm_quantize.calibration.ranked_weights import rank_weights, weight_scores
 
 OF_SAMPLE = [(0, 12, 210), (0, 3, 210), (0, 156, 210), (0, 174, 210)]
@@ -283,7 +284,8 @@ def test_notes_survive_the_file(tmp_path, ids):
 
 
 def test_zeroed_leaves_the_original_alone():
-    checkpoint = open_checkpoint(sample_path())
+    "Also one that keeps what it has read, which all other readers share."
+    checkpoint = Kept(open_checkpoint(sample_path()))
     holed = Zeroed(checkpoint, [(down(0), (12,), 210)])
     assert holed.tensor(down(0))[12, 210] == 0 and checkpoint.tensor(down(0))[12, 210] != 0
     assert ((holed.tensor(down(0)) != checkpoint.tensor(down(0))).sum(), torch.equal(holed.tensor(down(1)), checkpoint.tensor(down(1)))) == (1, True)
