@@ -284,6 +284,12 @@ def test_notebook_opens_with_title_and_answer(path):
     if module_of(path): assert first.splitlines()[0] == f"# {module_of(path).split('.')[-1]}"
 
 
+def docstring_lines(node):
+    "How many lines the docstring of a function or class has beyond its first: that is prose, not code."
+    if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or not ast.get_docstring(node): return 0
+    return node.body[0].end_lineno - node.body[0].lineno
+
+
 def cell_faults(found):
     "What is wrong with the exported cells of a notebook: too long, or without a word or an output between two of them."
     faults, before = [], False
@@ -292,7 +298,8 @@ def cell_faults(found):
         exported = cell["cell_type"] == "code" and EXPORT.search(text) is not None
         imports = exported and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(text).body)
         lines = text.splitlines()
-        if exported and not imports and len(lines) > CELL + 1: faults.append(f"{cell['id']}: {len(lines)} lines")
+        prose = sum(docstring_lines(node) for node in ast.walk(ast.parse(text))) if exported else 0
+        if exported and not imports and len(lines) - prose > CELL + 1: faults.append(f"{cell['id']}: {len(lines)} lines")
         if exported and before and not imports: faults.append(f"{cell['id']}: follows another exported cell without a sentence between")
         before = exported and not imports
     return faults
