@@ -20,7 +20,7 @@ from ..models.architectures import architecture
 from ..models.bitnet import plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.memory import available_memory
-from ..models.reference import float_module, load_float
+from ..models.reference import load_float, reference_module
 from ..models.transforms import hf_tensors
 from ..quants.qtypes import QTYPES
 
@@ -97,7 +97,7 @@ class GGUFModel:
             changes["tie_word_embeddings"] = False
         covered = {*weights, "lm_head.weight", *(source for spec in self.specs for source in spec.sources)}
         weights |= {name: self.checkpoint.tensor(name) for name in self.checkpoint.names if name not in covered}
-        return float_module(self.checkpoint, dtype, device, weights, **changes)
+        return reference_module(self.checkpoint, dtype, device, weights, **changes)
 
     def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         "Rows of the embedding that the GGUF does not keep (beyond the tokenizer) are taken from the original."
