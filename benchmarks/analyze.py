@@ -28,7 +28,6 @@ BEGUN = time.perf_counter()
 
 import torch  # noqa: E402
 
-from llm_quantize.models.job import Job
 from llm_quantize.models.layer_stack import LayerStack, run_windows
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_text, windows
 from llm_quantize.models.checkpoint import Checkpoint, sample_path
@@ -94,7 +93,7 @@ def beside_llama(args, ids) -> None:
     "Turns of llama-imatrix and of this package on the same windows."
     from llm_quantize.calibration.imatrix import ImportanceMatrix
     from llm_quantize.api import quantize
-    text, tokens, seconds = texts(Job(args)), ids.numel(), {"llama-imatrix, whole command": [], "llm-quantize analyze, whole command": [], "collect, without the imports": []}
+    text, tokens, seconds = texts(args), ids.numel(), {"llama-imatrix, whole command": [], "llm-quantize analyze, whole command": [], "collect, without the imports": []}
     if not isinstance(text, str): [text] = text
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -201,7 +200,7 @@ def main() -> int: # exit status
         devices(args)
         print(f"done after {time.perf_counter() - BEGUN:.1f} s")
         return 0
-    ids = windows(load_tokenizer(args.model), texts(Job(args)), size=512, limit=args.windows)
+    ids = windows(load_tokenizer(args.model), texts(args), size=512, limit=args.windows)
     if args.memory: memory(args, ids)
     elif args.llama_imatrix: beside_llama(args, ids)
     else:

@@ -8,14 +8,12 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
+import torch
 
-from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.models.job import Job
 from llm_quantize.gguf.allocation import allocate
 from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
-from llm_quantize.models.checkpoint import open_checkpoint
-from llm_quantize.gguf.plan import plan_gguf
 from llm_quantize.gguf.resolution import _measurer, sensitivity_path, unmeasured
 from llm_quantize.calibration.probe import Probe
 from llm_quantize.calibration.sensitivity import measure_sensitivity, spearman
@@ -30,12 +28,12 @@ def main():
     parser.add_argument("--samples", type=int, default=128, help="windows for the importance matrix")
     parser.add_argument("--effort", default="default")
     args = parser.parse_args()
-    checkpoint = open_checkpoint(args.model)
-    imatrix = cached_imatrix(Job(checkpoint, device="cpu"), calibration_samples=args.samples)
-    found = measure_sensitivity(Job(checkpoint, device="cpu"), imatrix, effort=args.effort, path=sensitivity_path(checkpoint, imatrix, args.effort))
-    choices = [replace(c, costs=found[c.name].costs) for c in unmeasured(list(plan_gguf(Job(checkpoint), "Q8_0").specs))]
-    text = windows(load_tokenizer(checkpoint.path), bundled_text("heldout"), limit=args.windows)
-    measure, chance, rows = _measurer(Probe(LayerStack(checkpoint, dtype=torch.float32, device="cpu"), text), imatrix), np.random.default_rng(0), []
+    job = Job(args.model, device="cpu")
+    imatrix = cached_imatrix(job, calibration_samples=args.samples)
+    found = measure_sensitivity(job, imatrix, effort=args.effort, path=sensitivity_path(job.name, imatrix, args.effort))
+    choices = [replace(c, costs=found[c.name].costs) for c in unmeasured(list(job.tensors.values()))]
+    text = windows(load_tokenizer(job.checkpoint.path), bundled_text("heldout"), limit=args.windows)
+    measure, chance, rows = _measurer(Probe(job.stack(torch.float32), text), imatrix), np.random.default_rng(0), []
     print("| bits per weight | assignment | predicted | measured |\n|--:|--:|--:|--:|")
     for size in map(float, args.sizes.split(",")):
         for i in range(args.each):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from llm_quantize.models.job import Job
 from llm_quantize.gguf.options import Dynamic
-from llm_quantize.gguf.options import Calibration
 from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.gguf.plan import plan_dynamic
 from llm_quantize.gguf.profiles import Profile, Target
@@ -24,14 +23,14 @@ def made(args, mix, imatrix, folder): # {kind: result}, seconds to plan and to w
     "The mix, and dynamic files of at most its size."
     out = {"mix": quantize(args.model, "gguf", mix, output_dir=folder, imatrix=imatrix, search="reference")}
     start = time.monotonic()
-    job, _ = plan_dynamic(Job(args.model), Dynamic(target=Target(out["mix"].file_size, "bytes")), imatrix=imatrix, effort=args.effort)
+    plan, _ = plan_dynamic(Job(args.model), Dynamic(target=Target(out["mix"].file_size, "bytes")), imatrix=imatrix, effort=args.effort)
     seconds = [time.monotonic() - start]
-    fixed = Profile(mix, Target(out["mix"].file_size, "bytes"), tensors={t.name: t.type for t in job.plan if t.type != "F32"})
+    fixed = Profile(mix, Target(out["mix"].file_size, "bytes"), tensors={t.name: t.type for t in plan.plan if t.type != "F32"})
     for kind in ("dynamic",) if args.no_error_feedback else ("dynamic", "feedback"):
         start = time.monotonic()
         out[kind] = quantize(args.model, "gguf", "dynamic", output_dir=folder, output_name=f"{mix}-{kind}.gguf", imatrix=imatrix, profile=fixed, error_feedback=kind == "feedback")
         seconds.append(time.monotonic() - start)
-    return out, seconds, job.allocation
+    return out, seconds, plan.allocation
 
 
 def main():

@@ -8,14 +8,17 @@ and is not done on such a model.
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from analyze import RandomCheckpoint
 from llm_quantize.models.layer_stack import LayerStack
-from llm_quantize.calibration.effort import Effort
-from llm_quantize.gguf.feedback_pass import _encode_layer
+from llm_quantize.calibration.effort import EFFORTS
+from llm_quantize.gguf.feedback_pass import FeedbackSettings, encode_layer
+from llm_quantize.gguf.plan import FilePlan
+from llm_quantize.gguf.resolution import make_plan
 from llm_quantize.calibration.hessian import second_moments
 
 
@@ -43,9 +46,12 @@ def main():
             begun = done()
         print(f"moments of {args.layers} layers from {args.windows} windows of 512 tokens: {spent:.0f} s in {groups} passes, {torch.cuda.get_device_name() if cuda else 'CPU'}", flush=True)
         specs = [s for s in stack.tensors if s.layer == 0 and s.quantizable]
+        effort = replace(EFFORTS["quick"], moments=args.windows, passes=args.readings)
+        settings, tensors = FeedbackSettings(effort, device=args.device), [(s.name, tuple(s.shape)) for s in specs]
         for name in args.types:
+            plan = FilePlan(checkpoint, name, tuple(specs), make_plan({s.name: name for s in specs}, tensors), {})
             start = done()
-            _encode_layer(checkpoint, specs, {s.name: name for s in specs}, first, args.device, "fast", Effort(args.windows, 0, 0, args.readings))
+            encode_layer(plan, specs, first, settings)
             layer = done() - start
             print(f"{name:<8} {args.readings} readings, one layer {layer:6.1f} s, {32 * layer / 60:5.1f} minutes for 32; with moments {(32 * layer + spent * 32 / args.layers) / 60:5.1f} minutes", flush=True)
         if cuda: print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB allocated")

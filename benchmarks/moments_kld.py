@@ -7,8 +7,6 @@ A token counts with the mean square of its gradient to the given power: 1 is wha
 import argparse
 import time
 
-import torch
-
 from feedback_kld import Judge, fed
 from llm_quantize.calibration import hessian
 from llm_quantize.models.layer_stack import LayerStack

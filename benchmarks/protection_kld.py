@@ -25,12 +25,13 @@ from llm_quantize.calibration.text import bundled_text, load_tokenizer, read_tex
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.quants.codec import decode
 from llm_quantize.quality.quantized_model import load_quantized
-from llm_quantize.gguf.feedback_pass import EncodedAhead
+from llm_quantize.gguf.feedback_pass import Prepared
 from llm_quantize.models.reference import load_float
-from llm_quantize.gguf.plan import plan_gguf
+from llm_quantize.gguf.plan import Draft, plan_gguf
 from llm_quantize.calibration.imatrix import ImportanceMatrix
 from llm_quantize.gguf.resolution import sensitivity_path
-from llm_quantize.gguf.protection import _with_types, encode_all, exchange, finish, protect, scaled_importance, up_of
+from llm_quantize.gguf.protection import Changes, exchange, protect, scaled_importance, up_of, with_types
+from llm_quantize.gguf.spikes import encode_protected
 from llm_quantize.quality.metrics import score_windows
 from llm_quantize.api import quantize
 from llm_quantize.calibration.sensitivity import measure_sensitivity
@@ -54,36 +55,38 @@ def plant(checkpoint, imatrix, factor, folder):
     return open_checkpoint(folder), replace(imatrix, notes={key: note for key, note in imatrix.notes.items() if "super_weights" not in key})
 
 
-def module_of(checkpoint, job, encoded, norms=()):
+def module_of(checkpoint, plan, encoded):
     "A model with the weights of these bytes."
-    model, types = load_float(checkpoint), {t.name: t.type for t in job.plan}
+    model, types = load_float(checkpoint), plan.types
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for spec in job.specs:
+        for spec in plan.specs:
             if spec.name in encoded:
                 for name, w in spec.to_hf(decode(encoded[spec.name], types[spec.name]).view(spec.shape)).items(): parameters[name].copy_(w)
     return model
 
 
-def steps(checkpoint, imatrix, level, base):
-    "Label -> (model, bytes of its file): the parts of protection alone."
-    job = plan_gguf(Job(checkpoint), level, has_imatrix=imatrix is not None)
-    plan = protect(job, imatrix)
-    none = EncodedAhead({}, {}, {})
+def steps(checkpoint, imatrix, level):
+    "Label, (model, bytes of its file): the parts of protection alone."
+    job = Job(checkpoint, device="cpu")
+    draft = Draft(plan_gguf(job, level, has_imatrix=True), imatrix)
+    plan = protect(job, draft)
+    changes = plan.changes
     def made(changed): # a Protection -> model and size
-        return module_of(checkpoint, changed.job, finish(changed, none)[1].encoded), changed.job.file_bytes
-    yield "pins", made(replace(plan, job=job, imatrix=imatrix, changed={}, scaled={}, emphasis={}))
-    if plan.scaled or plan.emphasis:
-        scaled = replace(plan, job=replace(plan.job, plan=job.plan), changed={})
-        yield "pins, rescaling", made(scaled)
-    traded = _with_types(job, plan.changed, plan.blocks)
-    yield "exchange", (module_of(checkpoint, traded, {**plan.encoded, **{n: d for n, d in encode_all(replace(traded, specs=tuple(s for s in job.specs if s.name in plan.changed)), imatrix).items()}}), traded.file_bytes)
-    middle = (len({s.layer for s in job.specs}) - 1) // 2
-    costs = measure_sensitivity(Job(checkpoint), imatrix, effort="quick", path=sensitivity_path(checkpoint, imatrix, "quick"))
-    changed = exchange(job, costs, (middle,))
-    control = _with_types(job, changed, (middle,))
-    bytes_ = encode_all(replace(control, specs=tuple(s for s in job.specs if s.name in changed)), imatrix)
-    yield f"control: block {middle}", (module_of(checkpoint, control, {**plan.encoded, **bytes_}), control.file_bytes)
+        encoded = encode_protected(changed, Prepared()).prepared.encoded
+        return module_of(checkpoint, changed.draft.plan, encoded), changed.draft.plan.file_bytes
+    def traded(types, blocks): # an exchange alone -> model and size
+        other = Draft(with_types(draft.plan, types, blocks), imatrix)
+        encoded = plan.encoded | {name: other.encode(job.tensors[name]) for name in types}
+        return module_of(checkpoint, other.plan, encoded), other.plan.file_bytes
+    yield "pins", made(replace(plan, draft=draft, changes=Changes()))
+    if changes.rescaled or changes.weighted:
+        same = replace(plan.draft, plan=replace(plan.draft.plan, plan=draft.plan.plan))
+        yield "pins, rescaling", made(replace(plan, draft=same, changes=replace(changes, types={})))
+    yield "exchange", traded(changes.types, plan.blocks)
+    middle = (len({s.layer for s in draft.plan.specs}) - 1) // 2
+    costs = measure_sensitivity(job, imatrix, effort="quick", path=sensitivity_path(job.name, imatrix, "quick"))
+    yield f"control: block {middle}", traded(exchange(draft.plan, costs, (middle,)), (middle,))
 
 
 def line(level, label, scores, base, size, base_size):
@@ -122,7 +125,7 @@ def main():
             del models
             line(level, "without", scores[0], scores[0], sizes[0], sizes[0])
             if args.steps:
-                for label, (model, size) in steps(checkpoint, imatrix, level, scores[0]): line(level, label, score_windows(original, [model], ids)[0], scores[0], size, sizes[0])
+                for label, (model, size) in steps(checkpoint, imatrix, level): line(level, label, score_windows(original, [model], ids)[0], scores[0], size, sizes[0])
             line(level, "with", scores[1], scores[0], sizes[1], sizes[0])
             found = files[1].protection
             print(f"         {found['identified']} super weights, {sum(w['pinned'] for w in found['weights'])} pinned, largest error {max(w['relative_error_before'] for w in found['weights']):.1e} -> "

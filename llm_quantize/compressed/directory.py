@@ -23,7 +23,7 @@ from .int8 import Int8Linear
 from .smoothing import fold_tensor
 from ..errors import ConversionError, ValidationError
 from ..models.checkpoint import Checkpoint
-from ..models.reference import float_module
+from ..models.reference import reference_module
 
 # %% ../../nbs/compressed/04_directory.ipynb #directory-plannedtensor
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
@@ -250,7 +250,7 @@ class W8A8Model:
         self.check()
         stored = [n for n in self.other.names if not n.endswith(_SCALES)]
         weights = {n: (self.decoded(n) if n in self.matrices else self.other.tensor(n)).to(dtype) for n in stored}
-        model = float_module(self.checkpoint, dtype, device, weights)
+        model = reference_module(self.checkpoint, dtype, device, weights)
         return _with_int8_layers(model, self, device)
 
     def linear(self, name: str, device: str = "cpu") -> Int8Linear: # `name` of the weight

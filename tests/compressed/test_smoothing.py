@@ -10,7 +10,7 @@ import torch
 from llm_quantize.compressed.families import ModelMappings, ResolvedMapping, family
 from llm_quantize.compressed.smoothing import ALPHAS, InputStatistics, choose_factors, fold_tensor, output_error, smoothing_factors, storable_factors
 from llm_quantize.errors import ConversionError
-from llm_quantize.models.reference import float_module, load_float
+from llm_quantize.models.reference import reference_module, load_float
 from tests.compressed.models import CASES, logits, tiny
 
 def folded_logits(checkpoint, row=None):
@@ -23,7 +23,7 @@ def folded_logits(checkpoint, row=None):
         for within, name in names.items():
             weights[name] = fold_tensor(within, checkpoint.tensor(name), folded)
             changed += not torch.equal(weights[name], checkpoint.tensor(name))
-    return logits(float_module(checkpoint, torch.float32, "cpu", weights)), changed
+    return logits(reference_module(checkpoint, torch.float32, "cpu", weights)), changed
 
 
 def moved(checkpoint, row=None):
