@@ -40,11 +40,11 @@ first/sample-4m-%.gguf: $(shell find llm_quantize -name "*.py") | first/sample-4
 test: export OMP_NUM_THREADS ?= $(shell echo $$(( ($$(nproc 2>/dev/null || echo 2) + $(JOBS) - 1) / $(JOBS) )))
 test: $(VENV)/.developed
 	nbdev_test --n_workers $(JOBS) --timing
-	python -m pytest -q -n $(JOBS) --durations 15
+	python -m pytest -q -n $(JOBS) --dist worksteal --durations 15
 
 quick: export OMP_NUM_THREADS ?= 1
 quick: $(VENV)/.developed
-	python -m pytest -q -n $(JOBS) -m "not slow and not llama and not shared"
+	python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not llama and not shared"
 
 docs: $(VENV)/.developed
 	python tools/site.py

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .acceptance import judge, prepare
+from .acceptance import Checks, judge, prepare
 from .calibration.analysis import Analysis, measure_importance
 from .calibration.imatrix import ImportanceMatrix
 from .calibration.text import text_of
@@ -124,6 +124,7 @@ def _check_together(format: str, given: dict) -> None:
         hint = "leave out -q: weights and activations get 8 bits"
         raise ArgumentError(f"smoothquant has no level {given['quant_level']}", hint)
 
+# %% ../nbs/api.ipynb #api-request
 def _request(level: str | None, given: dict) -> Request:
     "The options of `quantize` by theme."
     keep = _checkpoint_folder(given["checkpoint_dir"], given["no_checkpoints"], given["resume"])
@@ -142,6 +143,7 @@ def _request(level: str | None, given: dict) -> Request:
         protect=Protect(given["protect_super_weights"], given["protection_coverage"]),
     )
 
+# %% ../nbs/api.ipynb #api-smoothquant
 def _smoothquant(job: Job, given: dict) -> SmoothQuantResult:
     "Make the int8 directory; its time is the user's."
     begun, shard = time.monotonic(), given["max_shard_size"]
@@ -164,10 +166,11 @@ def _plan_only(job: Job, request: Request) -> FilePlan:
         return plan_gguf(job, request.level, has_imatrix=request.imatrix is not None, force=request.force)
     return draft_of(job, replace(request, protect=Protect())).plan
 
-def _again(given: dict) -> dict:
-    "The options that a second try, at another level, is made with."
+def _judged(job: Job, result, checks: Checks, given: dict):
+    "The result with its quality report; where it misses a threshold, other files are tried with the same options."
     names = ("imatrix", "calibration_data", "calibration_samples", "search", "effort", "pre", "device", "profile")
-    return {name: given[name] for name in names}
+    again = {name: given[name] for name in names}
+    return judge(result, job.checkpoint, checks, make=quantize, options=again, device=job.device)
 
 # %% ../nbs/api.ipynb #api-quantize-2
 @_verb
@@ -262,7 +265,7 @@ def quantize(
     job = Job(model, device=device, pre=pre, progress=progress)
     if dry_run: return _plan_only(job, request)
     result = _smoothquant(job, given) if request is None else quantize_gguf(job, request)
-    return result if checks is None else judge(result, model, checks, options=_again(given), device=device)
+    return result if checks is None else _judged(job, result, checks, given)
 
 # %% ../nbs/api.ipynb #api-plan
 @_verb

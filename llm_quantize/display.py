@@ -23,7 +23,7 @@ def human_size(size: float) -> str: # bytes -> "3.9GB"
         if size >= 0.99995 * scale: return f"{size / scale:.1f}{unit}"
     return f"{size:.0f}B"
 
-# %% ../nbs/display.ipynb #console-parse-size
+# %% ../nbs/display.ipynb #display-parse-size
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def parse_size(text: str | int) -> int: # bytes

@@ -41,7 +41,7 @@ def test_thresholds_come_from_the_environment(monkeypatch):
 
 
 def test_a_good_file_gets_its_report(checkpoint, tmp_path):
-    result = judge(quantize(checkpoint, "gguf", "Q8_0", output_dir=tmp_path), checkpoint, prepare(True, True), device="cpu")
+    result = judge(quantize(checkpoint, "gguf", "Q8_0", output_dir=tmp_path), checkpoint, prepare(True, True), make=quantize, device="cpu")
     report = json.loads(json.dumps(result.to_dict()))["quality_report"]
     assert report["coherence_score"] > 0.95 and abs(report["metrics"]["perplexity_delta_pct"]) < 1 and report["coherence"]["texts"]
 
@@ -49,7 +49,7 @@ def test_a_good_file_gets_its_report(checkpoint, tmp_path):
 def test_a_missed_threshold_names_what_was_measured(checkpoint, tmp_path, monkeypatch):
     "The suggested type is made again and measured here: it meets the threshold, at the size that was said."
     result = quantize(checkpoint, "gguf", "Q2_K", output_dir=tmp_path)
-    with pytest.raises(QualityDegradationError) as caught: judge(result, checkpoint, prepare(True, False), options=QUICK, device="cpu")
+    with pytest.raises(QualityDegradationError) as caught: judge(result, checkpoint, prepare(True, False), options=QUICK, make=quantize, device="cpu")
     error = caught.value
     assert "complete and stays" in error.message and Path(result.output_path).exists() and [p.name for p in tmp_path.iterdir()] == ["sample-4m-Q2_K.gguf"]
     level, size = re.search(r"-q (\S+) meets the threshold: \+[\d.]+ % at ([\d.]+MB)", error.suggestion).groups()
@@ -61,18 +61,18 @@ def test_a_missed_threshold_names_what_was_measured(checkpoint, tmp_path, monkey
     assert all(b < a for a, b in falls) and [b for _, b in falls] == sorted(b for _, b in falls)
     assert error.to_dict()["quality_report"]["metrics"]["perplexity_delta_pct"] > 20 and error.to_dict()["error_code"] == 11
     monkeypatch.setenv("LLM_QUANTIZE_QUALITY_THRESHOLD", "3000")
-    assert judge(result, checkpoint, prepare(True, False), device="cpu").quality_report["metrics"]["kld_mean"] > 0.1
+    assert judge(result, checkpoint, prepare(True, False), make=quantize, device="cpu").quality_report["metrics"]["kld_mean"] > 0.1
 
 
 def test_an_int8_directory_is_told_what_else_was_tried(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_QUANTIZE_QUALITY_THRESHOLD", "0.05")
-    result = quantize(checkpoint, "smoothquant", alpha=0.9, output_dir=tmp_path, **QUICK)
-    with pytest.raises(QualityDegradationError) as caught: judge(result, checkpoint, prepare(True, False), options=QUICK, device="cpu")
+    result = quantize(checkpoint, "smoothquant", smoothquant=True, alpha=0.9, output_dir=tmp_path, **QUICK)
+    with pytest.raises(QualityDegradationError) as caught: judge(result, checkpoint, prepare(True, False), options=QUICK, make=quantize, device="cpu")
     loudest = max(result.pairs, key=lambda p: p["error"])
     assert f"{loudest['pair'].split(' -> ')[-1]} of layer {loudest['layer']}" in caught.value.suggestion
     assert re.search(r"--smoothquant --alpha auto gives \+[\d.]+ % at 5.3MB", caught.value.suggestion) and [p.name for p in tmp_path.iterdir()] == [Path(result.output_path).name]
     monkeypatch.setenv("LLM_QUANTIZE_QUALITY_THRESHOLD", "5")
-    assert judge(result, checkpoint, prepare(True, False), device="cpu").quality_report["metrics"]["kld_mean"] < 0.02
+    assert judge(result, checkpoint, prepare(True, False), make=quantize, device="cpu").quality_report["metrics"]["kld_mean"] < 0.02
 
 
 def test_exits_of_the_command(capsys, sample_model, tmp_path, monkeypatch):

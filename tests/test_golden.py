@@ -2,8 +2,9 @@
 
 `tests/data/golden.json` holds what version 0.1.0 wrote, before the house was rebuilt; `tests/data/README.md` says how it was made.
 
-The GGUF files must be the same on every x86-64 processor: they came out the same with and without AVX2 and AVX-512, on one thread and on two.
-W8A8 sums what the model computes, so it needs what `golden.SETTINGS` fixes: one thread, AVX2, and MKL's code for every processor.
+The GGUF files are the same on every x86-64 processor, with and without AVX2 and AVX-512, on any number of threads: seen on AMD and Intel. For that, `golden.round_alike`
+computes in float64 what torch leaves to MKL, for MKL's square roots differ between the two. W8A8 depends on more: the last digits of its scales are what they were
+only on an AMD processor with AVX2. Elsewhere the sums of its codes and of its scales are compared.
 """
 import json
 import os
@@ -19,7 +20,7 @@ from tests import golden
 WANTED = json.loads((golden.DATA / "golden.json").read_text(encoding="utf-8"))
 ROOT = Path(__file__).resolve().parents[1]
 ANYWHERE = ("Q8_0", "Q4_K_M", "Q2_K", "IQ1_S", "dynamic")  # whatever the processor
-ONLY_WITH_AVX2 = ("W8A8",)
+ONLY_ON_AMD = ("W8A8",)
 RUNS_THE_MODEL = ("dynamic", "W8A8")  # and takes its time
 
 pytestmark = pytest.mark.skipif(
@@ -27,8 +28,13 @@ pytestmark = pytest.mark.skipif(
     reason="the files to compare with were made on x86-64; other processors add in another order")
 
 
+def made_by_amd():
+    path = Path("/proc/cpuinfo")
+    return path.exists() and "AuthenticAMD" in path.read_text(encoding="utf-8")
+
+
 def made(names):
-    "What the given ways make now: name -> sha256, by a process of its own."
+    "What the given levels make now: name -> digest, by a process of its own."
     done = subprocess.run([sys.executable, "-m", "tests.golden", *names], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, **golden.SETTINGS})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -36,7 +42,7 @@ def made(names):
 
 
 @pytest.fixture(scope="module")
-def encoded(): return made([name for name in golden.TRANSFORMS if name not in RUNS_THE_MODEL])
+def encoded(): return made([name for name in golden.LEVELS if name not in RUNS_THE_MODEL])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def measured(): return made(RUNS_THE_MODEL)
 
 
 def test_the_list_is_whole():
-    assert set(WANTED) == set(golden.TRANSFORMS) == {*ANYWHERE, *ONLY_WITH_AVX2}
+    assert set(WANTED) == set(golden.LEVELS) == {*ANYWHERE, *ONLY_ON_AMD}
 
 
 @pytest.mark.parametrize("name", [name for name in ANYWHERE if name not in RUNS_THE_MODEL])
@@ -59,7 +65,8 @@ def test_a_measured_mix_is_what_it_was(measured):
 
 @pytest.mark.slow
 def test_an_int8_directory_is_what_it_was(measured):
-    assert measured["W8A8"] == WANTED["W8A8"], "W8A8: the sample model has other weights than before (or no AVX2 here)"
+    if made_by_amd(): assert measured["W8A8"]["sha256"] == WANTED["W8A8"]["sha256"], "W8A8: other weights than before"
+    assert measured["W8A8"]["totals"] == pytest.approx(WANTED["W8A8"]["totals"], rel=2e-4), "W8A8: other sums than before"
 
 
 def test_one_bit_shows(tmp_path):

@@ -284,6 +284,12 @@ def test_notebook_opens_with_title_and_answer(path):
     if module_of(path): assert first.splitlines()[0] == f"# {module_of(path).split('.')[-1]}"
 
 
+def docstring_lines(node):
+    "How many lines the docstring of a function or class has beyond its first: that is prose, not code."
+    if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or not ast.get_docstring(node): return 0
+    return node.body[0].end_lineno - node.body[0].lineno
+
+
 def cell_faults(found):
     "What is wrong with the exported cells of a notebook: too long, or without a word or an output between two of them."
     faults, before = [], False
@@ -292,7 +298,8 @@ def cell_faults(found):
         exported = cell["cell_type"] == "code" and EXPORT.search(text) is not None
         imports = exported and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(text).body)
         lines = text.splitlines()
-        if exported and not imports and len(lines) > CELL + 1: faults.append(f"{cell['id']}: {len(lines)} lines")
+        prose = sum(docstring_lines(node) for node in ast.walk(ast.parse(text))) if exported else 0
+        if exported and not imports and len(lines) - prose > CELL + 1: faults.append(f"{cell['id']}: {len(lines)} lines")
         if exported and before and not imports: faults.append(f"{cell['id']}: follows another exported cell without a sentence between")
         before = exported and not imports
     return faults
@@ -437,6 +444,35 @@ def test_an_exported_cell_shows_its_source_under_the_names_it_defines():
     assert signatures == ["### b\n\nText."] and block.startswith("??? source")
 
 
+# ---- tests -------------------------------------------------------------------------------------------------
+
+def test_what_is_listed_as_slow_is_there():
+    listed = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split()
+    assert listed == sorted(set(listed))
+    there = {file: text_of(ROOT / file) for file in {name.split("::")[0] for name in listed} if (ROOT / file).exists()}
+    assert not [name for name in listed if f"def {name.split('::')[1]}(" not in there.get(name.split("::")[0], "")], (
+        "take these lines out of tests/slow.txt")
+
+
+@cache
+def top_names():
+    "Module -> the names it binds at its top."
+    found = {}
+    for path in MODULES:
+        nodes = [node for top in tree_of(path).body for node in ast.walk(top)]
+        bound = {node.name for node in nodes if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+        bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        bound |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        found[dotted(path)] = bound
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_imports_what_there_is(path):
+    taken = imports_of(text_of(path))
+    assert not [f"{module}.{name}" for module, name in taken if name and name not in top_names().get(module, set())]
+
+
 # ---- packaging ---------------------------------------------------------------------------------------------
 
 def tracked_texts():
@@ -458,3 +494,31 @@ def test_direct_dependencies_are_pinned():
     wanted = {re.split(r"[<>=]", word)[0] for line in re.findall(r"requirements = (.*)", settings) for word in line.split()}
     pinned = {re.split(r"==", line)[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line}
     assert wanted == pinned
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+def refused_names():
+    "The names in the last column of the tables of the glossary."
+    rows = [line for cell in cells(ROOT / "nbs" / "glossary.ipynb") for line in source(cell).splitlines() if line.startswith("| ")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row.strip().removesuffix("|").rsplit("|", 1)[-1])}
+
+
+def public_names():
+    "Names of modules, and the public ones that they define at their top, as lower case -> where."
+    found = {}
+    for path in MODULES:
+        found.setdefault(path.stem, dotted(path))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else getattr(node, "targets", [])
+            for target in targets:
+                name = getattr(target, "name", getattr(target, "id", "_"))
+                if not name.startswith("_"): found.setdefault(name.lower(), f"{dotted(path)}.{name}")
+    return found
+
+
+def test_no_public_name_is_one_that_the_glossary_refuses():
+    refused, public = refused_names(), public_names()
+    assert {"way", "encode_ahead", "recipes", "judgement"} <= refused
+    assert {"quantize", "qtypes", "encode_tensor", "architectures"} <= public.keys()
+    assert not {name: public[name] for name in refused & public.keys()}

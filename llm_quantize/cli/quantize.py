@@ -18,7 +18,8 @@ from .console import DEVICE, output, print_rows, progress_bar, say
 def _show_written(result) -> None:
     "Where the file is and how large."
     share, size = 100 * result.compression_ratio, result.file_size / 1e6
-    say(f"{result.output_path}  {size:,.2f} MB  {result.effective_bpw:.3f} bits per weight  {share:.1f} % of the original")
+    bits = f"{result.effective_bpw:.3f} bits per weight"
+    say(f"{result.output_path}  {size:,.2f} MB  {bits}  {share:.1f} % of the original")
 
 # %% ../../nbs/cli/03_quantize.ipynb #quantize-show-types
 def _show_types(result) -> None:

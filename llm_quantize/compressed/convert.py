@@ -322,5 +322,7 @@ def smoothquant(
     checkpoint = open_checkpoint(model)
     check_destination(checkpoint, options, destination)
     if ids is None: ids = calibration_windows(checkpoint, calibration_data, calibration_samples)
-    run = dict(checkpoint_dir=checkpoint_dir, resume=resume, device=device, progress=progress)
-    return convert_checkpoint(checkpoint, ids, options, destination, **run)
+    return convert_checkpoint(
+        checkpoint, ids, options, destination,
+        checkpoint_dir=checkpoint_dir, resume=resume, device=device, progress=progress,
+    )

@@ -9,6 +9,7 @@ __all__ = ['mapping_record', 'not_helped', 'by_mapping', 'WrittenDirectory', 'Sm
 import html
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -42,9 +43,9 @@ def mapping_record(layer: int, choice: ChosenFactors) -> dict:
     }
 
 # %% ../../nbs/compressed/06_result.ipynb #result-not-helped
-def not_helped(pairs: list, # records of `mapping_record`
+def not_helped(pairs: Iterable[dict], # records of `mapping_record`
                alpha: float | str | None
-              ) -> list:    # of dicts: layer, pair, errors, suggestion
+              ) -> list[dict]:        # layer, pair, errors, suggestion
     "The mappings that smoothing has not made better by more than two percent."
     if alpha is None: return []
     tip = "try --alpha auto"
@@ -56,8 +57,8 @@ def not_helped(pairs: list, # records of `mapping_record`
 # %% ../../nbs/compressed/06_result.ipynb #result-by-mapping
 _MEASURES = ("error_unsmoothed", "error", "inputs_before", "inputs_after", "weights_before", "weights_after")
 
-def by_mapping(pairs: list # records of `mapping_record`
-              ) -> list:   # of dicts: pair, folds, alpha and the measures
+def by_mapping(pairs: Iterable[dict] # records of `mapping_record`
+              ) -> list[dict]:       # pair, folds, alpha and the measures
     "The records of all layers together, by kind of mapping: medians; an alpha of NaN says that none was smoothed."
     groups = {}
     for p in pairs: groups.setdefault(re.sub(r" of expert \d+", "", p["pair"]), []).append(p)

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.text import adds_bos, bundled_text, load_tokenizer
+from ..calibration.text import adds_bos, bundled_text
 from ..errors import ArgumentError
 from .chart_data import html_frame
-from ..models.bitnet import plain_weights
-from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.reference import load_float
+from ..models.checkpoint import Checkpoint
+from ..quality.bench import Bench, Setting
 from ..quality.metrics import logits_of, score_logits
-from ..quality.quantized_model import open_quantized, placement
 
 # %% ../../nbs/explore/03_token_view.ipynb #token_view-readtoken
 @dataclass(frozen=True)
@@ -131,13 +129,13 @@ def view_tokens(original: str | Path | Checkpoint,  # directory, Hub id or opene
                ) -> tuple:                          # of TokenViews
     "Read a text with a model and its quantizations; at most 2,048 tokens. Raises `ArgumentError` for an empty text."
     paths = list(quantized) if isinstance(quantized, (list, tuple)) else [quantized]
-    checkpoint = plain_weights(open_checkpoint(original))
-    models = [open_quantized(checkpoint, path) for path in paths]
-    tokenizer, place = load_tokenizer(checkpoint.path), placement(checkpoint.parameters, 1, device)
-    ids, pieces = _pieces(tokenizer, bundled_text("heldout")[:900] if text is None else text)
-    whole, views = load_float(checkpoint, dtype=place.dtype, device=place.device), []
+    bench = Bench(original, Setting(device=device))
+    models = [bench.open(path) for path in paths]
+    ids, pieces = _pieces(bench.tokenizer, bundled_text("heldout")[:900] if text is None else text)
+    views = []
     for model in models:
-        tokens = _read(whole, model.load(dtype=place.dtype, device=place.device), tokenizer, ids, pieces, top)
+        with bench.load(model) as loaded:
+            tokens = _read(bench.original, loaded.module, bench.tokenizer, ids, pieces, top)
         views.append(TokenView(model.name, pieces[0], tuple(tokens)))
     return tuple(views)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..calibration.imatrix import STATISTICS, ImportanceMatrix
+from ..calibration.imatrix import ImportanceMatrix
+from ..calibration.imatrix_statistics import STATISTICS
 from ..calibration.sensitivity import Sensitivity
 from ..calibration.super_weights import SuperWeights
 from ..display import flow, human_size
@@ -20,12 +21,13 @@ from ..errors import ArgumentError
 from .chart_data import chart_frame, chart_series, heat_frame, heat_grid, html_frame, note_frame
 from .token_view import token_frame
 from .widget import Control, Explorer, Panel
-from ..gguf.allocation import Choice, apply_rules, reachable
+from ..gguf.allocation import TypeChoice, apply_rules, reachable
 from ..gguf.plan import plan_gguf
 from ..gguf.profiles import PRESETS, Profile, Target
 from ..gguf.resolution import choose_types
-from ..quality.evaluate import SHARES, Comparison, QualityReport
+from ..quality.comparison import Comparison
 from ..quality.html import html_table
+from ..quality.report import SHARES, QualityReport
 from ..quants.qtypes import qtype
 
 # %% ../../nbs/explore/04_views.ipynb #views-places
@@ -147,7 +149,7 @@ class _Chooser:
     "Types for a size, chosen from costs that are known."
 
     def __init__(self, measured: Sensitivity, model, profiles: tuple):
-        self.choices = [Choice(t.name, t.shape, t.costs) for t in measured.tensors]
+        self.choices = [TypeChoice(t.name, t.shape, t.costs) for t in measured.tensors]
         self.weights, self.fixed = sum(c.weights for c in self.choices), 0  # weights; bytes that no choice changes
         if model is not None:
             job = plan_gguf(model, "Q8_0")  # its metadata and norms are those of every plan

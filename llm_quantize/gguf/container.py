@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
+from ..files import beside
 from ..quants.codec import decode
 from ..quants.qtypes import QTYPES, qtype
 
@@ -154,11 +155,13 @@ def _sync(file, path: Path) -> None:
     try:
         file.flush()
         os.fsync(file.fileno())
-    except OSError as error: raise LLMQuantizeError(f"writing {path.name} failed: {error.strerror}", "free some space, or choose another disk") from None
+    except OSError as error:
+        what = f"writing {path.name} failed: {error.strerror}"
+        raise LLMQuantizeError(what, "free some space, or choose another disk") from None
 
 def _open_partial(path: Path):
     try:
-        return open(path.with_name(f".{path.name}.partial"), "wb")
+        return open(beside(path), "wb")
     except OSError as error:
         raise LLMQuantizeError(
             f"cannot write in {path.parent}: {error.strerror}", "choose a directory you may write to"
@@ -208,6 +211,7 @@ def _pieces(made, name: str, size: int): # arrays of bytes, as the producer hand
         raise ValidationError(f"tensor {name} was produced with {total} bytes where its shape and type need {size}",
                               "report this: the plan and the encoder disagree")
 
+# %% ../../nbs/gguf/01_container.ipynb #container-write-gguf
 def write_gguf(
     path: str | Path,  # the file to write
     metadata: dict,  # GGUF key -> value
@@ -308,6 +312,7 @@ def _read_info(cursor: _Cursor) -> tuple: # name, type, shape, offset in the dat
         raise cursor.damaged(f"rows of tensor {name} have {shape[-1]} weights, {type} needs a multiple of {block}")
     return name, type, shape, offset, prod(shape) // block * size
 
+# %% ../../nbs/gguf/01_container.ipynb #container-read-front
 def _read_front(path: Path) -> tuple: # metadata, {name: (type, shape)}, {name: (path, offset, bytes)}
     "Header, metadata and tensor table of one file."
     with open(path, "rb") as file:
@@ -417,8 +422,11 @@ class GGUFFile:
 
     def __repr__(self) -> str:
         arch = self.metadata.get("general.architecture")
-        return f"GGUFFile({self.path.name}: {arch}, {len(self.tensors)} tensors, {self.parameters / 1e6:.1f} M weights, {self.bytes / 1e6:.1f} MB)"
+        size = f"{self.parameters / 1e6:.1f} M weights, {self.bytes / 1e6:.1f} MB"
+        return f"GGUFFile({self.path.name}: {arch}, {len(self.tensors)} tensors, {size})"
 
 def open_gguf(path: str | Path | GGUFFile) -> GGUFFile:  # the file; of a split set, any shard
-    "Open a GGUF file; raises `ModelNotFoundError` if it is missing or damaged, `ConversionError` if it is something else."
+    """Open a GGUF file.
+
+    Raises `ModelNotFoundError` if it is missing or damaged, `ConversionError` if it is something else."""
     return path if isinstance(path, GGUFFile) else GGUFFile(path)

@@ -14,7 +14,7 @@ from math import prod
 
 from ..display import block_map, closest, html_summary
 from ..errors import ArgumentError, ConversionError
-from .tensor_rules import kept_float, layer_of, role_of
+from .tensor_rules import layer_of, role_of, why_f32
 from ..quants.qtypes import QTYPES, qtype
 
 # %% ../../nbs/gguf/03_mixes.ipynb #mixes-mix
@@ -62,6 +62,7 @@ _MIXES = [
     ("TQ1_0", 36, "TQ1_0", "the same in 1.7 bits"),
 ]
 
+# %% ../../nbs/gguf/03_mixes.ipynb #mixes-mixes
 MIXES = {row[0]: Mix(*row) for row in _MIXES}
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "TERNARY": "TQ2_0"}
 
@@ -404,7 +405,7 @@ def _plan_tensor(
     mix: Mix, name: str, shape: tuple, number: tuple[int, int], tied: bool, facts: ModelFacts, has_imatrix: bool
 ) -> PlannedTensor:
     "Type and reason of one tensor; `number` is its (i, n)."
-    kept, role, (i, n) = kept_float(name, shape), role_of(name), number
+    kept, role, (i, n) = why_f32(name, shape), role_of(name), number
     if kept: return PlannedTensor(name, shape, "F32", kept)
     if mix.name not in _RULES: return PlannedTensor(name, shape, mix.base, "base type")
     if role.startswith("ffn"):
@@ -428,7 +429,7 @@ def plan_mix(mix: str | Mix,                 # "Q4_K_M"
             ) -> Plan:
     "The types llama.cpp gives the tensors of a model in a named mix; raises `ArgumentError` for an unknown mix."
     mix = find_mix(mix)
-    numbers = _numbers([name for name, shape in tensors if not kept_float(name, shape)])
+    numbers = _numbers([name for name, shape in tensors if not why_f32(name, shape)])
     tied = all(name != "output.weight" for name, _ in tensors)
     lines = (
         _plan_tensor(mix, name, tuple(shape), numbers.get(name, (0, 0)), tied, facts, has_imatrix)

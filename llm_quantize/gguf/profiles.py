@@ -21,7 +21,7 @@ from ..display import closest, html_summary, parse_size
 from ..errors import ArgumentError, ProfileError
 from .allocation import Rule, default_floors
 from .mixes import Plan, PlannedTensor, bits_map
-from .tensor_rules import kept_float
+from .tensor_rules import why_f32
 from ..quants.qtypes import qtype
 
 # %% ../../nbs/gguf/06_profiles.ipynb #profiles-target
@@ -274,7 +274,7 @@ def facts_of(arch: str, tensors: list) -> dict: # what base_model holds
     shapes = {
         re.sub(r"^blk\.\d+\.|\.weight$", "", name): list(shape)
         for name, shape in tensors
-        if not kept_float(name, shape)
+        if not why_f32(name, shape)
     }
     return {"architecture": arch, "blocks": len(blocks), "shapes": shapes}
 

@@ -18,10 +18,11 @@ import torch
 from ..calibration.effort import find_effort
 from ..calibration.imatrix import ImportanceMatrix
 from ..calibration.probe import Probe, probe_of, texts
+from ..calibration.ranked_weights import RankedWeights, rank_weights
 from ..calibration.sensitivity import Sensitivity, measure_sensitivity
-from ..calibration.super_weights import RankedWeights, find_super_weights, rank_weights, saved_super_weights
+from ..calibration.super_weights import find_super_weights, saved_super_weights
 from ..errors import ArgumentError, OutOfMemoryError
-from .allocation import Choice, allocate
+from .allocation import TypeChoice, allocate
 from .options import Calibration, Protect
 from .plan import Draft, FilePlan, require_runnable
 from .resolution import sensitivity_path
@@ -126,7 +127,7 @@ def _choices(plan: FilePlan, costs: Sensitivity, blocks: tuple) -> list: # of Ch
         low, high = (own.bpw, 99) if _in_blocks(tensor.name, blocks) else (PAYS * own.bpw, own.bpw)
         def allowed(name, own=own, low=low, high=high):
             return name == own.name or low <= qtype(name).bpw <= high and qtype(name).family in families
-        choices.append(Choice(tensor.name, tensor.shape, {t: cost for t, cost in known.items() if allowed(t)}))
+        choices.append(TypeChoice(tensor.name, tensor.shape, {t: cost for t, cost in known.items() if allowed(t)}))
     return choices
 
 def exchange(plan: FilePlan,      # as it is

@@ -19,10 +19,18 @@ from ..calibration.effort import Effort, find_effort
 from ..calibration.imatrix import ImportanceMatrix, importance_of
 from ..calibration.probe import Probe, probe_of
 from ..calibration.sensitivity import Sensitivity, candidate_types, imatrix_hash, measure_sensitivity
-from .allocation import Allocation, Choice, allocate, allocate_blocks, apply_rules, fitting, polish
+from llm_quantize.gguf.allocation import (
+    Allocation,
+    TypeChoice,
+    allocate,
+    allocate_blocks,
+    apply_rules,
+    fitting,
+    local_search,
+)
 from .mixes import MIXES, Plan, PlannedTensor
 from .profiles import PRESETS, Profile, facts_of
-from .tensor_rules import kept_float
+from .tensor_rules import why_f32
 from ..models.job import Job
 from ..quants.codec import decode, encode_tensor
 from ..quants.qtypes import qtype
@@ -42,7 +50,7 @@ def choose_types(profile: Profile,
 
 def _line(name: str, shape: tuple, wanted: str | None, why: str) -> PlannedTensor:
     "One tensor of a plan."
-    kept = kept_float(name, shape)
+    kept = why_f32(name, shape)
     if kept or wanted is None: return PlannedTensor(name, tuple(shape), "F32", kept or "not in the profile")
     own = fitting(wanted, shape[-1])
     if own != wanted:
@@ -114,9 +122,9 @@ def _measurer(probe: Probe, imatrix: ImportanceMatrix | None) -> Callable: # {na
 def unmeasured(specs: list # GGUFTensors of a model
               ) -> list:  # of Choices
     "What there is to choose, with costs that only know bits."
-    mine = [s for s in specs if s.quantizable and not kept_float(s.name, s.shape) and s.transform not in ("computed", "tied")]
+    mine = [s for s in specs if s.quantizable and not why_f32(s.name, s.shape) and s.transform not in ("computed", "tied")]
     return [
-        Choice(s.name, tuple(s.shape), {t: s.shape[-1] * 4 ** -qtype(t).bpw for t in candidate_types(s.shape[-1])})
+        TypeChoice(s.name, tuple(s.shape), {t: s.shape[-1] * 4 ** -qtype(t).bpw for t in candidate_types(s.shape[-1])})
         for s in mine
     ]
 
@@ -140,7 +148,7 @@ def resolve(
     choices = [replace(choice, costs=costs[choice.name].costs) for choice in begun]
     if not spend.trials: return Resolution(choose(choices), costs, ())
     measure = _measurer(probe_of(job, spend, calibration_data), imatrix)
-    best, trials = polish(choices, choose, measure, spend.trials, job.progress)
+    best, trials = local_search(choices, choose, measure, spend.trials, job.progress)
     known = {choice.name: choice.costs for choice in choices} # the search chose by costs it had scaled
     cost = sum(known[name][type] for name, type in best.types.items())
     return Resolution(replace(best, cost=cost), costs, trials)
@@ -173,7 +181,7 @@ def check_fit(profile: Profile, model: str, arch: str, # name and general.archit
               tensors: list                            # (GGUF name, shape)
              ) -> Fit:
     "What of a profile fits a model, and what does not."
-    wanted = [(name, shape) for name, shape in tensors if not kept_float(name, shape)]
+    wanted = [(name, shape) for name, shape in tensors if not why_f32(name, shape)]
     problems, facts = [], facts_of(arch, tensors)
     for key in ("architecture", "blocks", "shapes"):
         wrong = key in profile.base_model and profile.base_model[key] != facts[key]

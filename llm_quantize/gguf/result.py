@@ -11,13 +11,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..display import html_summary
+from ..display import html_summary, html_text, markdown_table
 from .mixes import bits_map
 
-# %% ../../nbs/gguf/16_result.ipynb #result-quantizationresult
+# %% ../../nbs/gguf/16_result.ipynb #result-record
 @dataclass(frozen=True)
-class QuantizationResult:
-    "What a quantization wrote and how it went."
+class _Record:
+    "The fields of a result."
     output_path: str
     format: str                 # "gguf"
     quantization_level: str     # the mix: "Q4_K_M"
@@ -28,9 +28,7 @@ class QuantizationResult:
     original_size: int          # bytes of the checkpoint's weights files
     duration_seconds: float
     peak_memory_bytes: int  # resident memory of this process at its largest
-    validation_status: (
-        str  # "passed": the file was opened again, and every tensor holds what was produced and decodes to numbers
-    )
+    validation_status: str      # "passed": opened again, every tensor holds what was produced and decodes to numbers
     files: tuple[str, ...] = () # every shard
     profile: str | None = None
     quality_report: dict | None = None
@@ -40,8 +38,13 @@ class QuantizationResult:
     allocation: dict | None = None # how the types of a dynamic quantization were found
     protection: dict | None = None # what was done for super weights, if it was asked for
 
+# %% ../../nbs/gguf/16_result.ipynb #result-quantizationresult
+class QuantizationResult(_Record):
+    "What a quantization wrote and how it went."
+
     def __repr__(self) -> str:
-        return f"QuantizationResult({Path(self.output_path).name}: {self.file_size:,} bytes, {self.effective_bpw:.3f} bits per weight)"
+        size = f"{self.file_size:,} bytes, {self.effective_bpw:.3f} bits per weight"
+        return f"QuantizationResult({Path(self.output_path).name}: {size})"
 
     @property
     def effective_bpw(self) -> float:
@@ -55,81 +58,93 @@ class QuantizationResult:
 
     def layer_summary(self) -> list[dict]:
         "Bits and weights by transformer block; tensors outside the blocks stand alone."
-        groups, protected = {}, (self.protection or {}).get("protected_blocks", ())
-        for t in self.tensors:
-            block = re.match(r"blk\.\d+", t["name"])
-            groups.setdefault(block[0] if block else t["name"], []).append(t)
-        return [
-            {
-                "layer_name": name,
-                "bit_width": round(8 * sum(t["bytes"] for t in group) / sum(t["weights"] for t in group), 4),
-                "parameter_count": sum(t["weights"] for t in group),
-                "is_protected": name in protected,
-            }
-            for name, group in groups.items()
-        ]
+        return _layer_summary(self)
 
     def by_type(self) -> list[dict]:
         "Tensors, weights, bytes and mean error by type, largest share first."
-        rows = []
-        for name, count in Counter(t["type"] for t in self.tensors).items():
-            group = [t for t in self.tensors if t["type"] == name]
-            weights = sum(t["weights"] for t in group)
-            rows.append({"type": name, "tensors": count, "weights": weights, "bytes": sum(t["bytes"] for t in group),
-                         "error": sum(t["error"] * t["weights"] for t in group) / weights})
-        return sorted(rows, key=lambda r: -r["bytes"])
+        return _by_type(self)
 
     def to_dict(self) -> dict:
         "The JSON object of `llm-quantize --format json quantize`."
-        return {
-            "status": "success",
-            "output_path": self.output_path,
-            "files": list(self.files),
-            "format": self.format,
-            "quantization_level": self.quantization_level,
-            "profile": self.profile,
-            "search": self.search,
-            "imatrix": self.imatrix,
-            "error_feedback": self.error_feedback,
-            "allocation": self.allocation,
-            "protection": self.protection,
-            "layer_summary": self.layer_summary(),
-            "tensors": list(self.tensors),
-            "effective_bpw": self.effective_bpw,
-            "compression_ratio": self.compression_ratio,
-            "file_size": self.file_size,
-            "quality_report": self.quality_report,
-            "duration_seconds": self.duration_seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "validation_status": self.validation_status,
-            "metadata": {
-                "original_dtype": self.original_dtype,
-                "original_size": self.original_size,
-                "parameters": self.parameters,
-                "layers_processed": sum(s["layer_name"].startswith("blk.") for s in self.layer_summary()),
-            },
-        }
-
-    def _rows(self) -> list[list[str]]:
-        rows = [
-            [r["type"], str(r["tensors"]), f"{r['weights']:,}", f"{r['bytes']:,}", f"{r['error']:.2e}"]
-            for r in self.by_type()
-        ]
-        return [["type", "tensors", "weights", "bytes", "relative error"], *rows]
+        return _to_dict(self)
 
     def _facts(self) -> str:
-        return f"{self.file_size / 1e6:,.2f} MB · {self.effective_bpw:.3f} bits per weight · {100 * self.compression_ratio:.1f} % of the original"
+        size, share = f"{self.file_size / 1e6:,.2f} MB", f"{100 * self.compression_ratio:.1f} % of the original"
+        return f"{size} · {self.effective_bpw:.3f} bits per weight · {share}"
 
     def _repr_markdown_(self) -> str:
-        header, *rows = self._rows()
-        lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
-        return "\n".join(
-            [f"**{Path(self.output_path).name}** · {self._facts()}", "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:]]
-        )
+        name = html_text(Path(self.output_path).name)
+        return f"**{name}** · {self._facts()}\n\n{markdown_table(_rows(self))}"
 
     def _repr_html_(self) -> str:
         return html_summary(
             f"{Path(self.output_path).name} · {self._facts()}",
             bits_map({t["name"]: t["type"] for t in self.tensors}),
-            self._rows(),
+            _rows(self),
         )
+
+# %% ../../nbs/gguf/16_result.ipynb #result-layer-summary
+def _layer_summary(result: QuantizationResult) -> list[dict]:
+    "Bits and weights by transformer block; tensors outside the blocks stand alone."
+    groups, protected = {}, (result.protection or {}).get("protected_blocks", ())
+    for t in result.tensors:
+        block = re.match(r"blk\.\d+", t["name"])
+        groups.setdefault(block[0] if block else t["name"], []).append(t)
+    return [
+        {
+            "layer_name": name,
+            "bit_width": round(8 * sum(t["bytes"] for t in group) / sum(t["weights"] for t in group), 4),
+            "parameter_count": sum(t["weights"] for t in group),
+            "is_protected": name in protected,
+        }
+        for name, group in groups.items()
+    ]
+
+def _by_type(result: QuantizationResult) -> list[dict]:
+    "Tensors, weights, bytes and mean error by type, largest share first."
+    rows = []
+    for name, count in Counter(t["type"] for t in result.tensors).items():
+        group = [t for t in result.tensors if t["type"] == name]
+        weights = sum(t["weights"] for t in group)
+        rows.append({"type": name, "tensors": count, "weights": weights, "bytes": sum(t["bytes"] for t in group),
+                     "error": sum(t["error"] * t["weights"] for t in group) / weights})
+    return sorted(rows, key=lambda r: -r["bytes"])
+
+def _rows(result: QuantizationResult) -> list[list[str]]:
+    rows = [
+        [r["type"], str(r["tensors"]), f"{r['weights']:,}", f"{r['bytes']:,}", f"{r['error']:.2e}"]
+        for r in result.by_type()
+    ]
+    return [["type", "tensors", "weights", "bytes", "relative error"], *rows]
+
+# %% ../../nbs/gguf/16_result.ipynb #result-to-dict
+def _to_dict(result: QuantizationResult) -> dict:
+    "The JSON object of `llm-quantize --format json quantize`."
+    return {
+        "status": "success",
+        "output_path": result.output_path,
+        "files": list(result.files),
+        "format": result.format,
+        "quantization_level": result.quantization_level,
+        "profile": result.profile,
+        "search": result.search,
+        "imatrix": result.imatrix,
+        "error_feedback": result.error_feedback,
+        "allocation": result.allocation,
+        "protection": result.protection,
+        "layer_summary": result.layer_summary(),
+        "tensors": list(result.tensors),
+        "effective_bpw": result.effective_bpw,
+        "compression_ratio": result.compression_ratio,
+        "file_size": result.file_size,
+        "quality_report": result.quality_report,
+        "duration_seconds": result.duration_seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "validation_status": result.validation_status,
+        "metadata": {
+            "original_dtype": result.original_dtype,
+            "original_size": result.original_size,
+            "parameters": result.parameters,
+            "layers_processed": sum(s["layer_name"].startswith("blk.") for s in result.layer_summary()),
+        },
+    }

@@ -57,7 +57,7 @@ class TunableTensor:
 
 # %% ../../nbs/gguf/10_scale_tuning.ipynb #scale_tuning-tunable
 def tunable(spec: GGUFTensor, type: str) -> bool:
-    "Whether a tensor's super-scales can be tuned: a matrix in a block that is one tensor of the checkpoint, in a type that has them."
+    "Whether a tensor's super-scales can be tuned: a matrix of a block, one tensor of the checkpoint, of such a type."
     return (
         spec.layer is not None
         and spec.quantizable
@@ -150,14 +150,13 @@ def tune(checkpoint: Checkpoint,
          seed: int = 0, device: str = "cpu",
          progress: Callable[[int, int], None] | None = None # (steps done, steps in all)
          ) -> Tuned:
-    "Move super-scales and norms until the quantized model predicts as the original does; raises `ArgumentError` for fewer than two windows."
+    """Move super-scales and norms until the quantized model predicts as the original does.
+
+    Raises `ArgumentError` for fewer than two windows."""
     if len(ids) < 2:
         raise ArgumentError(f"tuning on {len(ids)} windows leaves none to decide", "give 2 or more; 64 is little")
-    teacher, student, ids = (
-        load_float(checkpoint, device=device),
-        _Student(checkpoint, specs, encoded, device),
-        ids.to(device),
-    )
+    teacher, student = load_float(checkpoint, device=device), _Student(checkpoint, specs, encoded, device)
+    ids = ids.to(device)
     kept = ids[-max(1, len(ids) // 8):]
     first_norms = {name: p.detach().clone() for name, (_, p) in student.norms.items()}
     weights = sum(t.codes.numel() for t in student.tensors)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..calibration.super_weights import SuperWeight, weight_scores
+from ..calibration.ranked_weights import weight_scores
+from ..calibration.super_weights import SuperWeight
 from .container import open_gguf
 from .feedback_pass import Prepared
 from .pinning import half_ulp, pin, raise_weights

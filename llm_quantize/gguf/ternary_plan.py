@@ -90,10 +90,8 @@ def _line(t: PlannedTensor, base: str, findings: TernaryFindings) -> PlannedTens
     if share == 1:
         type, why = base, "ternary: without loss"
     elif share is not None:
-        type, why = (
-            KEPT,
-            f"not ternary ({'none' if share == 0 else 'nearly all' if share > 0.9995 else f'{share:.1%}'} of its blocks)",
-        )
+        some = "none" if share == 0 else "nearly all" if share > 0.9995 else f"{share:.1%}"
+        type, why = KEPT, f"not ternary ({some} of its blocks)"
     elif t.kind in ("token_embd", "output"): type, why = KEPT, "never ternary, so kept precise"
     else: type, why = KEPT, f"rows of {columns} do not divide by {qtype(base).block_size}"
     if columns % qtype(type).block_size: type = qtype(type).fallback
@@ -103,7 +101,7 @@ def _line(t: PlannedTensor, base: str, findings: TernaryFindings) -> PlannedTens
 def candidates(plan: Plan,  # of a ternary mix
                specs        # GGUFTensors in the same order
               ) -> list:  # GGUFTensors
-    "The matrices that may be ternary: all that are quantized, but embedding and output, and whose rows divide into blocks."
+    "The matrices that may be ternary: all that are quantized, but not embedding and output, with rows of whole blocks."
     return [
         s
         for s, t in zip(specs, plan)
@@ -125,7 +123,9 @@ def plan_ternary(plan: Plan,                  # of the mix TQ1_0 or TQ2_0
     if force: return plan
     instead, size = _INSTEAD[base]
     raise ConversionError(
-        f"this model is not ternary: {findings.share:.1%} of the blocks of 256 weights in its {len(findings.shares)} matrices hold only -d, 0 and d"
+        f"this model is not ternary: {findings.share:.1%} of the blocks of 256 weights in its "
+        f"{len(findings.shares)} matrices hold only -d, 0 and d"
         f"{' (first rows of each)' if findings.glanced else ''}, and {base} would destroy it",
-        f"use {instead}: {size.format(qtype(base).bpw)} and a far better model; --force writes the best {base} there is all the same",
+        f"use {instead}: {size.format(qtype(base).bpw)} and a far better model; "
+        f"--force writes the best {base} there is all the same",
     )

@@ -27,7 +27,10 @@ _DECODED = 2 ** 24 # weights at a time
 def check_tensors(file: GGUFFile,         # an opened file
                   meant: dict | None = None # name -> checksum of the bytes that were produced
                  ) -> None:
-    "Read and decode every tensor; raises `ValidationError` naming one that was not written as it was made, or that does not decode to numbers, as with a scale of NaN or infinity."
+    """Read and decode every tensor.
+
+    Raises `ValidationError` naming one that was not written as it was made, or that does not decode to numbers, as
+    with a scale of NaN or infinity."""
     for name, (type, shape) in file.tensors.items():
         data = file.data(name)
         if meant is not None and checksum(data) != meant.get(name):

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'TEMPERATURE', 'SEED', 'PARTS', 'bundled_prompts', 'read_prompts', 'continuations', 'loop_share',
-           'Coherence', 'coherence', 'check_coherence']
+           'Coherence', 'coherence']
 
-# %% ../../nbs/quality/05_coherence.ipynb #coherence-from-collections-abc-import
-from collections.abc import Callable
+# %% ../../nbs/quality/05_coherence.ipynb #coherence-from-dataclasses-import-asdi
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,13 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..calibration.text import load_tokenizer, read_text
+from ..calibration.text import read_text
+from ..display import markdown_table
 from ..errors import CalibrationError, ValidationError
-from ..models.bitnet import plain_weights
-from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.reference import load_float, quiet_transformers
-from .metrics import score_states
-from .quantized_model import open_quantized, placement
+from ..models.reference import quiet_transformers
+from .metrics import TokenScores, score_states
 
 # %% ../../nbs/quality/05_coherence.ipynb #coherence-bundled-prompts
 def bundled_prompts() -> list: # of str
@@ -87,24 +84,20 @@ def loop_share(tokens: list,      # of a continuation
             if run >= (times - 1) * p: inside[i - run - p + 1:i + 1] = [True] * (run + p)
     return sum(inside) / max(1, len(tokens))
 
-# %% ../../nbs/quality/05_coherence.ipynb #coherence-scores
-def _scores(models: list, tokenizer, prompts: list, said: torch.Tensor):
-    "Token scores of both models on some continuations."
+# %% ../../nbs/quality/05_coherence.ipynb #coherence-states
+def _states(model, ids: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor: # (prompts x count, hidden)
+    "Hidden states of the places before the last tokens, with padding on the left."
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    ids, mask, places = (x.to(model.device) for x in (ids, mask, places))
+    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
+    return out.last_hidden_state[:, -count - 1:-1].flatten(0, 1)
+
+def _scores(models: list, tokenizer, prompts: list, said: torch.Tensor) -> TokenScores:
+    "Token scores of both models on some continuations; raises `ValidationError` for NaN."
     ids, mask = _padded(tokenizer, prompts)
     ids, mask = torch.cat([ids, said], 1), torch.cat([mask, torch.ones_like(said)], 1)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
-        states = [
-            model.base_model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                position_ids=places.to(model.device),
-                use_cache=False,
-            )
-            .last_hidden_state[:, -said.shape[1] - 1 : -1]
-            .flatten(0, 1)
-            for model in models
-        ]
+        states = [_states(model, ids, mask, said.shape[1]) for model in models]
         [scores] = score_states(models, states, said.flatten().to(models[0].device))
     if not (scores.nll_original.isfinite().all() and scores.kld.isfinite().all()):
         raise ValidationError(
@@ -114,24 +107,18 @@ def _scores(models: list, tokenizer, prompts: list, said: torch.Tensor):
     return scores
 
 # %% ../../nbs/quality/05_coherence.ipynb #coherence-measured
-def _measured(
-    models: list, tokenizer, prompts: list, sampled: bool, said: torch.Tensor | None
-) -> tuple:  # arrays (prompts,) by name, and the texts of both
-    "Both models' continuations in one way of speaking, and what each prompt says."
-    texts = [
-        continuations(models[0], tokenizer, prompts, sampled) if said is None else said,
-        continuations(models[1], tokenizer, prompts, sampled),
-    ]
+def _measured(models: list, tokenizer, prompts: list, texts: list) -> dict: # arrays (prompts,) by name
+    "What each prompt says of two models, in one way of speaking. `texts`: what each has made of the prompts."
     own, other = (_scores(models, tokenizer, prompts, text) for text in texts)
-    mean = lambda values: values.double().view(len(prompts), -1).mean(1).numpy()
-    loops = [np.array([loop_share(t.tolist()) for t in text]) for text in texts]
+    def mean(values): return values.double().view(len(prompts), -1).mean(1).numpy()
+    loops_original, loops = (np.array([loop_share(t.tolist()) for t in text]) for text in texts)
     return {
         "excess": mean(other.nll_original) - mean(own.nll_original),
         "kld": mean(own.kld),
         "same": mean(own.same_top),
-        "loops_original": loops[0],
-        "loops": loops[1],
-    }, texts
+        "loops_original": loops_original,
+        "loops": loops,
+    }
 
 # %% ../../nbs/quality/05_coherence.ipynb #coherence-combine
 PARTS = ("likelihood", "closeness", "agreement", "fluency")
@@ -142,14 +129,8 @@ def _combine(ways: list) -> dict: # dicts of arrays (prompts,) -> the four parts
     for way in ways:
         m = {key: float(values.mean()) for key, values in way.items()}
         free = 1 - m["loops_original"]
-        each.append(
-            (
-                np.exp(-max(0.0, m["excess"])),
-                np.exp(-m["kld"]),
-                m["same"],
-                min(1.0, (1 - m["loops"]) / free) if free > 0 else 1.0,
-            )
-        )
+        fluency = min(1.0, (1 - m["loops"]) / free) if free > 0 else 1.0
+        each.append((np.exp(-max(0.0, m["excess"])), np.exp(-m["kld"]), m["same"], fluency))
     parts = dict(zip(PARTS, (float(np.mean(values)) for values in zip(*each))))
     return parts | {"score": float(np.prod(list(parts.values())) ** 0.25)}
 
@@ -176,14 +157,11 @@ class Coherence:
         return sorted(self.texts, key=lambda t: t["score"])[:count]
 
     def _repr_markdown_(self) -> str:
-        rows = "\n".join(
-            f"| {t['prompt']} | {t['quantized']} | {t['score']:.2f} |".replace("\n", " ") for t in self.worst()
-        )
-        return (
-            f"**Coherence {self.score:.3f} ± {self.score_se:.3f}** · "
-            + " · ".join(f"{part} {getattr(self, part):.2f}" for part in PARTS)
-            + f"\n\n| prompt | continuation | score |\n|---|---|--:|\n{rows}"
-        )
+        head = " · ".join(f"{part} {getattr(self, part):.2f}" for part in PARTS)
+        rows = [[" ".join(t["prompt"].split()), " ".join(t["quantized"].split()), f"{t['score']:.2f}"]
+                for t in self.worst()]
+        table = markdown_table([["prompt", "continuation", "score"], *rows], words=2)
+        return f"**Coherence {self.score:.3f} ± {self.score_se:.3f}** · {head}\n\n{table}"
 
 # %% ../../nbs/quality/05_coherence.ipynb #coherence-coherence-3
 def coherence(original,            # transformers causal language model
@@ -193,49 +171,19 @@ def coherence(original,            # transformers causal language model
               said: dict | None = None # what the original says, sampled or not -> continuations; default: it is asked
              ) -> Coherence:
     "Let both models speak, and compare; raises `ValidationError` if one of them says NaN."
-    found = [
-        _measured([original, quantized], tokenizer, prompts, sampled, None if said is None else said[sampled])
-        for sampled in (False, True)
-    ]
-    ways, texts = [way for way, _ in found], found[1][1]
-    part = lambda chosen: _combine([{key: values[chosen] for key, values in way.items()} for way in ways])
-    whole, n = part(slice(None)), len(prompts)
-    left_out = [part(np.arange(n) != i)["score"] for i in range(n)] if n > 1 else [whole["score"]]
-    error = float(np.sqrt((n - 1) / n * np.sum((np.array(left_out) - np.mean(left_out)) ** 2)))
-    rows = tuple(
-        {
-            "prompt": prompt,
-            "score": part(slice(i, i + 1))["score"],
-            "original": tokenizer.decode(texts[0][i]),
-            "quantized": tokenizer.decode(texts[1][i]),
-        }
-        for i, prompt in enumerate(prompts)
-    )
-    return Coherence(
-        score_se=error,
-        loops=float(np.mean([w["loops"].mean() for w in ways])),
-        loops_original=float(np.mean([w["loops_original"].mean() for w in ways])),
-        texts=rows,
-        **whole,
-    )
+    models, ways = [original, quantized], []
+    for sampled in (False, True):
+        own = said[sampled] if said else continuations(original, tokenizer, prompts, sampled)
+        texts = [own, continuations(quantized, tokenizer, prompts, sampled)]
+        ways.append(_measured(models, tokenizer, prompts, texts))
 
-# %% ../../nbs/quality/05_coherence.ipynb #coherence-check-coherence
-def check_coherence(original: str | Path | Checkpoint,  # Hugging Face directory, Hub id or opened checkpoint
-                    quantized: str | Path,              # GGUF file, or directory of the same model
-                    *, prompts: str | Path | None = None, # file of prompts to add to the bundled ones
-                    device: str | None = None,          # default: CUDA if there is one
-                    progress: Callable | None = None    # (steps done, steps in all)
-                   ) -> Coherence:
-    "Does a quantized model still speak? Raises the exceptions of `errors`."
-    asked, checkpoint = read_prompts(prompts), plain_weights(open_checkpoint(original))
-    tokenizer, model = load_tokenizer(checkpoint.path), open_quantized(checkpoint, quantized)
-    place = placement(checkpoint.parameters, 1, device)
-    tell = progress or (lambda done, total: None)
-    tell(0, 3)
-    first = load_float(checkpoint, dtype=place.dtype, device=place.device)
-    said = {sampled: continuations(first, tokenizer, asked, sampled) for sampled in (False, True)}
-    tell(1, 3)
-    second = model.load(dtype=place.dtype, device=place.device)
-    found = coherence(first, second, tokenizer, asked, said)
-    tell(3, 3)
-    return found
+    def part(chosen): return _combine([{key: values[chosen] for key, values in way.items()} for way in ways])
+    count, whole = len(prompts), part(slice(None))
+    single = [part(slice(i, i + 1))["score"] for i in range(count)]
+    without = [part(np.arange(count) != i)["score"] for i in range(count)] if count > 1 else [whole["score"]]
+    error = np.sqrt((count - 1) / count * np.sum((np.array(without) - np.mean(without)) ** 2))
+    first, second = (tokenizer.batch_decode(text) for text in texts)
+    rows = [{"prompt": prompt, "score": score, "original": a, "quantized": b}
+            for prompt, score, a, b in zip(prompts, single, first, second)]
+    loops = {key: float(np.mean([way[key].mean() for way in ways])) for key in ("loops", "loops_original")}
+    return Coherence(score_se=float(error), texts=tuple(rows), **loops, **whole)

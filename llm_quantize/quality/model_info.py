@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from ..compressed.directory import Int8Checkpoint, is_int8_directory
+from ..display import markdown_table
 from ..errors import ConversionError
 from ..gguf.container import open_gguf
 from ..models.architectures import architecture
 from ..models.bitnet import plain_weights
-from ..models.checkpoint import open_checkpoint
+from ..models.checkpoint import Checkpoint, open_checkpoint
 
 # %% ../../nbs/quality/13_model_info.ipynb #model_info-modelinfo
 @dataclass(frozen=True)
@@ -43,16 +44,13 @@ class ModelInfo:
         return {"status": "success"} | asdict(self)
 
     def _repr_markdown_(self) -> str:
-        shown = asdict(self) | {
-            "types": ", ".join(f"{count} × {name}" for name, count in self.types.items()),
-            "bpw": f"{self.bpw:.3f}",
-        }
-        return "| | |\n|---|---|\n" + "\n".join(
-            f"| {key.replace('_', ' ')} | {value:,} |"
-            if isinstance(value, int)
-            else f"| {key.replace('_', ' ')} | {value} |"
-            for key, value in shown.items()
-        )
+        counts = ", ".join(f"{count} × {name}" for name, count in self.types.items())
+        facts = asdict(self) | {"types": counts, "bpw": f"{self.bpw:.3f}"}
+        rows = [[key.replace("_", " "), f"{value:,}" if isinstance(value, int) else value]
+                for key, value in facts.items()]
+        return markdown_table([["", ""], *rows], words=2)
+
+
 
 # %% ../../nbs/quality/13_model_info.ipynb #model_info-heads
 def _heads(count) -> int: # a number, or an array with one for each layer
@@ -90,7 +88,7 @@ def _gguf_info(path: Path) -> ModelInfo:
         parameters=weights,
         file_size=file.bytes,
         bpw=8 * file.bytes / weights,
-        types=dict(Counter(type for type, _ in file.tensors.values()).most_common()),
+        types=dict(Counter(kind for kind, _ in file.tensors.values()).most_common()),
         **facts,
     )
 
@@ -117,14 +115,35 @@ def _int8_info(path: Path) -> ModelInfo:
         types=dict(Counter(str(found.dtype(n)).removeprefix("torch.") for n in found.names).most_common()),
     )
 
-# %% ../../nbs/quality/13_model_info.ipynb #model_info-info-2
-def info(model: str | Path # checkpoint directory, Hub id, GGUF file or int8 directory
-        ) -> ModelInfo:
-    "Describe a checkpoint, a GGUF file or an int8 directory from its headers; raises what opening it raises."
+# %% ../../nbs/quality/13_model_info.ipynb #model_info-info
+def info(
+    model: str | Path | Checkpoint,
+) -> ModelInfo:
+    """Say what a model is, from its headers; no weights are read.
+
+    Args:
+        model: a Hugging Face directory, a Hub id, an opened checkpoint, a GGUF file, or an int8 directory.
+
+    Returns:
+        Architecture, weights, layers, heads, vocabulary, context, size, and how many tensors of each type.
+
+    Raises:
+        ModelNotFoundError: no model there.
+        ConversionError: a GGUF file that is no language model, or an unknown architecture.
+
+    Example:
+        >>> lq.info("Qwen3-0.6B").layers
+        28
+    """
+    if isinstance(model, Checkpoint): return _checkpoint_info(model)
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and not path.is_dir(): return _gguf_info(path)
     if is_int8_directory(path): return _int8_info(path)
-    checkpoint = plain_weights(open_checkpoint(model))
+    return _checkpoint_info(open_checkpoint(model))
+
+def _checkpoint_info(checkpoint: Checkpoint) -> ModelInfo:
+    "A Hugging Face directory, from its headers."
+    checkpoint = plain_weights(checkpoint)
     family = architecture(checkpoint.config)
     embedding = next(t for t in family.tensors(checkpoint) if t.name == "token_embd.weight")
     return ModelInfo(

@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from ..calibration.imatrix import STATISTICS, ImportanceMatrix
+from ..calibration.imatrix import ImportanceMatrix
+from ..calibration.imatrix_statistics import STATISTICS
 from ..calibration.super_weights import SuperWeights
 from ..display import heat_map, new_figure
 from ..errors import ArgumentError

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WeightPair', 'GGUFModel', 'FloatModel', 'open_quantized', 'load_quantized', 'Placement', 'placement']
 
-# %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-from-collections-abc-import
+# %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-import-math
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,49 +25,36 @@ from ..models.transforms import hf_tensors
 from ..quants.qtypes import QTYPES
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-metadata-differences
-_SAME = (
-    "block_count",
-    "embedding_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "expert_count",
-    "rope.freq_base",
-)
+_SAME = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "expert_count",
+         "rope.freq_base")
 
 def _metadata_differences(checkpoint: Checkpoint, found: dict) -> list[str]:
     "What the GGUF's metadata says otherwise than the checkpoint's config."
     expected = architecture(checkpoint.config).metadata(checkpoint.config, checkpoint.name)
-    arch = expected["general.architecture"]
-    if found.get("general.architecture") != arch:
-        return [f"architecture {found.get('general.architecture')}, the model's is {arch}"]
-    keys = [
-        key
-        for key in (f"{arch}.{key}" for key in _SAME)
-        if isinstance(found.get(key), (int, float)) and key in expected
-    ]
-    return [
-        f"{key} {found[key]:g}, the model's is {expected[key]:g}"
-        for key in keys
-        if abs(found[key] - expected[key]) > 1e-6 * abs(expected[key])
-    ]
+    arch, own = expected["general.architecture"], found.get("general.architecture")
+    if own != arch: return [f"architecture {own}, the model's is {arch}"]
+    differences = []
+    for key in (f"{arch}.{key}" for key in _SAME):
+        if key not in expected or not isinstance(found.get(key), (int, float)): continue
+        if abs(found[key] - expected[key]) > 1e-6 * abs(expected[key]):
+            differences.append(f"{key} {found[key]:g}, the model's is {expected[key]:g}")
+    return differences
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-tensor-differences
 def _tensor_differences(specs: list, found: dict) -> list[str]:
     "What the GGUF's table of tensors says otherwise than the checkpoint's."
     expected = {spec.name: spec for spec in specs}
-    absent = [name for name, spec in expected.items() if name not in found and spec.transform not in ("computed", "tied")]
-    extra = [
-        name for name in found if name not in expected and name != "output.weight" and not name.startswith("rope_f")
-    ]
-    return (
-        [f"no tensor {name}" for name in absent]
-        + [f"a tensor {name} that the model has not" for name in extra]
-        + [
-            f"{name} of shape {tuple(found[name][1])}, the model's is {tuple(spec.shape)}"
-            for name, spec in expected.items()
-            if name in found and tuple(found[name][1]) != tuple(spec.shape)
-        ]
-    )
+    own = [name for name in found if name != "output.weight" and not name.startswith("rope_f")]
+    absent = [f"no tensor {name}" for name, spec in expected.items()
+              if name not in found and spec.transform not in ("computed", "tied")]
+    extra = [f"a tensor {name} that the model has not" for name in own if name not in expected]
+    shapes = {name: (tuple(found[name][1]), tuple(spec.shape)) for name, spec in expected.items() if name in found}
+    other = [f"{name} of shape {a}, the model's is {b}" for name, (a, b) in shapes.items() if a != b]
+    return absent + extra + other
+
+def _differences(checkpoint: Checkpoint, specs: list, file) -> list[str]: # file: GGUFFile
+    "What a GGUF says otherwise than the checkpoint; of the tensors only if the metadata agree."
+    return _metadata_differences(checkpoint, file.metadata) or _tensor_differences(specs, file.tensors)
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-weightpair
 class WeightPair(NamedTuple):
@@ -85,79 +73,60 @@ class GGUFModel:
                  checkpoint: Checkpoint,   # the original
                  path: str | Path):      # the file; of a split set, any shard
         self.checkpoint, self.file = checkpoint, open_gguf(path)
-        self.name, self.bytes = Path(path).name, self.file.bytes
+        self.path, self.name, self.bytes = Path(path), Path(path).name, self.file.bytes
         self.specs = architecture(checkpoint.config).tensors(checkpoint)
 
     def check(self) -> None:
         "Raise `ConversionError` if this is no quantization of the checkpoint."
-        found = _metadata_differences(self.checkpoint, self.file.metadata) or _tensor_differences(
-            self.specs, self.file.tensors
-        )
-        if found:
-            more = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
-            raise ConversionError(
-                f"{self.name} is not a quantization of {self.checkpoint.name}: it has {found[0]}{more}",
-                "give the Hugging Face directory this file was made from",
-            )
+        differences = _differences(self.checkpoint, self.specs, self.file)
+        if not differences: return
+        more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        words = f"{self.name} is not a quantization of {self.checkpoint.name}: it has {differences[0]}{more}"
+        raise ConversionError(words, "give the Hugging Face directory this file was made from")
+
+    def decode(self, spec) -> torch.Tensor: return self.file.decode(spec.name).view(spec.shape) # float32
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         "The decoded model as a torch module of the original's class."
         self.check()
         present = [spec for spec in self.specs if spec.name in self.file.tensors]
-        weights = {
-            name: tensor.to(dtype)
-            for name, tensor in hf_tensors(present, lambda spec: self.file.decode(spec.name).view(spec.shape))
-        }
-        for name, tensor in weights.items(): weights[name] = self._full(name, tensor)
-        own_head = "output.weight" in self.file.tensors and "output.weight" not in {spec.name for spec in present}
-        if own_head: weights["lm_head.weight"] = self.file.decode("output.weight").to(dtype)
-        covered = set(weights) | {source for spec in self.specs for source in spec.sources} | {"lm_head.weight"}
+        weights = {name: self._full(name, tensor.to(dtype)) for name, tensor in hf_tensors(present, self.decode)}
+        changes = {}
+        if "output.weight" in self.file.tensors and "output.weight" not in {spec.name for spec in present}:
+            weights["lm_head.weight"] = self.file.decode("output.weight").to(dtype) # where the original ties it
+            changes["tie_word_embeddings"] = False
+        covered = {*weights, "lm_head.weight", *(source for spec in self.specs for source in spec.sources)}
         weights |= {name: self.checkpoint.tensor(name) for name in self.checkpoint.names if name not in covered}
-        return float_module(
-            self.checkpoint, dtype, device, weights, **({"tie_word_embeddings": False} if own_head else {})
-        )
+        return float_module(self.checkpoint, dtype, device, weights, **changes)
 
     def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         "Rows of the embedding that the GGUF does not keep (beyond the tokenizer) are taken from the original."
-        rows = self.checkpoint.shape(name)[0]
-        return (
-            tensor
-            if len(tensor) == rows
-            else torch.cat([tensor, self.checkpoint.tensor(name)[len(tensor) :].to(tensor.dtype)])
-        )
+        if len(tensor) == self.checkpoint.shape(name)[0]: return tensor
+        return torch.cat([tensor, self.checkpoint.tensor(name)[len(tensor):].to(tensor.dtype)])
 
     def pairs(self) -> Iterator[WeightPair]:
         "Every quantizable tensor, as the original has it and as it decodes."
         for spec in self.specs:
             if not spec.quantizable or spec.name not in self.file.tensors: continue
-            type, shape = self.file.tensors[spec.name]
-            bits = (
-                QTYPES[type].bpw
-                if type in QTYPES
-                else 8 * self.file.data(spec.name).numel() / torch.Size(shape).numel()
-            )
-            yield WeightPair(
-                spec.name, type, bits, spec.load(self.checkpoint).float(), self.file.decode(spec.name).view(spec.shape)
-            )
+            kind, shape = self.file.tensors[spec.name]
+            stored = QTYPES[kind].bpw if kind in QTYPES else 8 * self.file.data(spec.name).numel() / math.prod(shape)
+            yield WeightPair(spec.name, kind, stored, spec.load(self.checkpoint).float(), self.decode(spec))
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-floatmodel
 class FloatModel:
-    "A Hugging Face directory with float weights, seen as a quantization of a checkpoint: rounded, pruned or otherwise changed."
+    "A Hugging Face directory with float weights, seen as a quantization: rounded, pruned or otherwise changed."
 
-    def __init__(self, checkpoint: Checkpoint, path: str | Path):
+    def __init__(self, checkpoint: Checkpoint, path: str | Path | Checkpoint):
         self.checkpoint, self.other = checkpoint, plain_weights(open_checkpoint(path))
-        self.name, self.bytes = self.other.name, self.other.bytes
+        self.path, self.name, self.bytes = self.other.path, self.other.name, self.other.bytes
 
     def check(self) -> None:
         "Raise `ConversionError` if the two directories do not hold the same tensors."
         mine, other = ({name: c.shape(name) for name in c.names} for c in (self.checkpoint, self.other))
         differ = sorted(set(mine.items()) ^ set(other.items()))
         if differ or self.checkpoint.config.get("model_type") != self.other.config.get("model_type"):
-            what = (
-                f"{differ[0][0]} of shape {differ[0][1]} is in one of them only"
-                if differ
-                else "their model_type differs"
-            )
+            what = "their model_type differs"
+            if differ: what = f"{differ[0][0]} of shape {differ[0][1]} is in one of them only"
             raise ConversionError(
                 f"{self.name} is not a version of {self.checkpoint.name}: {what}",
                 "give two directories of the same model",
@@ -173,35 +142,31 @@ class FloatModel:
         for name in self.checkpoint.names:
             if len(self.checkpoint.shape(name)) < 2: continue
             dtype = self.other.dtype(name)
-            yield WeightPair(
-                name,
-                str(dtype).removeprefix("torch."),
-                8.0 * dtype.itemsize,
-                self.checkpoint.tensor(name).float(),
-                self.other.tensor(name).float(),
-            )
+            tensors = [model.tensor(name).float() for model in (self.checkpoint, self.other)]
+            yield WeightPair(name, str(dtype).removeprefix("torch."), 8.0 * dtype.itemsize, *tensors)
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-open-quantized
 def open_quantized(checkpoint: str | Path | Checkpoint, # the original
-                   path: str | Path                     # GGUF file, float directory, or int8 directory (`smoothquant`)
+                   path: str | Path | Checkpoint        # GGUF file, float or int8 directory, opened checkpoint
                   ) -> GGUFModel | FloatModel | W8A8Model:
-    "A quantized model of whatever kind, checked against its original; raises `ModelNotFoundError` or `ConversionError`."
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ModelNotFoundError(f"no quantized model at {path}", "give a .gguf file or a model directory")
-    kind = GGUFModel if not path.is_dir() else W8A8Model if is_int8_directory(path) else FloatModel
-    model = kind(plain_weights(open_checkpoint(checkpoint)), path)
+    "A quantized model of any kind, checked against its original; raises `ModelNotFoundError` or `ConversionError`."
+    original = plain_weights(open_checkpoint(checkpoint))
+    if isinstance(path, Checkpoint): model = FloatModel(original, path)
+    else:
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise ModelNotFoundError(f"no quantized model at {path}", "give a .gguf file or a model directory")
+        kind = GGUFModel if not path.is_dir() else W8A8Model if is_int8_directory(path) else FloatModel
+        model = kind(original, path)
     model.check()
     return model
 
 # %% ../../nbs/quality/03_quantized_model.ipynb #quantized_model-load-quantized
-def load_quantized(
-    checkpoint: str | Path | Checkpoint,  # the original
-    path: str | Path,  # GGUF file or float directory
-    *,
-    dtype: torch.dtype = torch.float32,  # of weights and arithmetic
-    device: str = "cpu",  # where to put it
-):  # transformers causal language model, the class of the original
+def load_quantized(checkpoint: str | Path | Checkpoint,   # the original
+                   path: str | Path | Checkpoint,         # GGUF file, float or int8 directory, opened checkpoint
+                   *, dtype: torch.dtype = torch.float32, # of weights and arithmetic
+                   device: str = "cpu"                    # where to put it
+                  ): # transformers causal language model, the class of the original
     "A quantized model as the torch module its original is, with decoded weights."
     return open_quantized(checkpoint, path).load(dtype=dtype, device=device)
 
@@ -226,7 +191,8 @@ def placement(parameters: int,                   # weights of the model
     for kind in [dtype] if dtype else [torch.float32, torch.bfloat16]:
         fit = usable / (parameters * kind.itemsize)
         if fit >= 2: return Placement(device, kind, min(quantized, int(min(fit, 1e6)) - 1))
+    needed, had = 2 * parameters * kind.itemsize / 1e9, usable / 1e9
     raise OutOfMemoryError(
-        f"comparing needs two models in memory: {2 * parameters * kind.itemsize / 1e9:.1f} GB, and {usable / 1e9:.1f} GB can be used on {device}",
+        f"comparing needs two models in memory: {needed:.1f} GB, and {had:.1f} GB can be used on {device}",
         "use a machine or device with more memory",
     )

@@ -13,9 +13,9 @@ from ..errors import ArgumentError, ValidationError
 from ..gguf.container import open_gguf
 from ..gguf.verify import check_tensors
 from ..models.checkpoint import Checkpoint
-from .evaluate import _check_backend
+from .bench import Setting
 from .llama_cpp_model import check_loads
-from .quantized_model import open_quantized
+from .quantized_model import WeightPair, open_quantized
 
 # %% ../../nbs/quality/12_validation.ipynb #validation-validation-2
 @dataclass(frozen=True)
@@ -32,43 +32,64 @@ class Validation:
         "The JSON object of `validate`."
         return {"status": "success", **asdict(self)}
 
-# %% ../../nbs/quality/12_validation.ipynb #validation-compare-tensors
-def _compare_tensors(opened) -> tuple: # number of tensors, the one furthest from the original
-    worst, count = None, 0
-    for name, type, _, original, decoded in opened.pairs():
-        count += 1
-        if not decoded.isfinite().all():
-            raise ValidationError(
-                f"tensor {name} of {opened.name} does not decode to numbers: a scale is NaN or infinite",
-                "the file is damaged: make it again",
-            )
-        energy = original.square().sum().item()
-        error = (decoded - original).square().sum().item() / energy if energy else float(decoded.any())
-        high, most = decoded.abs().max().item(), original.abs().max().item()
-        if error >= 1 or high > 4 * most:
-            raise ValidationError(
-                f"tensor {name} of {opened.name} is not what it was made from: relative error {error:.3g}, largest weight {high:.3g} where the original's is {most:.3g}",
-                "the file is damaged, or of another version of the model: make it again",
-            )
-        if worst is None or error > worst["relative_error"]:
-            worst = {"name": name, "type": type, "relative_error": error}
-    return count, worst
+# %% ../../nbs/quality/12_validation.ipynb #validation-check-pair
+def _check_pair(pair: WeightPair, model: str) -> float: # relative error
+    "The error of one tensor; raises `ValidationError` if it is damaged."
+    if not pair.decoded.isfinite().all():
+        raise ValidationError(
+            f"tensor {pair.name} of {model} does not decode to numbers: a scale is NaN or infinite",
+            "the file is damaged: make it again",
+        )
+    energy = pair.original.square().sum().item()
+    off = (pair.decoded - pair.original).square().sum().item()
+    error = off / energy if energy else float(pair.decoded.any())
+    high, most = pair.decoded.abs().max().item(), pair.original.abs().max().item()
+    if error >= 1 or high > 4 * most:
+        raise ValidationError(
+            f"tensor {pair.name} of {model} is not what it was made from: relative error {error:.3g}, "
+            f"largest weight {high:.3g} where the original's is {most:.3g}",
+            "the file is damaged, or of another version of the model: make it again",
+        )
+    return error
+
+def _compare_tensors(opened) -> tuple[int, dict | None]: # number of tensors, the one furthest from the original
+    rows = [{"name": pair.name, "type": pair.type, "relative_error": _check_pair(pair, opened.name)}
+            for pair in opened.pairs()]
+    return len(rows), max(rows, key=lambda row: row["relative_error"], default=None)
 
 # %% ../../nbs/quality/12_validation.ipynb #validation-validate
-def validate(path: str | Path,                              # GGUF file, or with the original a directory
-             original: str | Path | Checkpoint | None = None, # what it was made from
-             *, backend: str = "torch"                        # "llama.cpp": it must also load there
-            ) -> Validation:
-    "Look at every tensor of a quantized model; raises `ValidationError` for one that is not sound."
-    _check_backend(backend, [path])
-    folder = Path(path).expanduser().is_dir()
-    if folder and original is None:
-        raise ArgumentError(
-            f"{path} is a directory; it can only be compared with its original", "give --original MODEL"
-        )
+def validate(
+    path: str | Path,
+    original: str | Path | Checkpoint | None = None,
+    *,
+    backend: str = "torch",
+) -> Validation:
+    """Look at every tensor of a quantized model.
+
+    Args:
+        path: a GGUF file; with the original also a directory.
+        original: what it was made from: a Hugging Face directory, a Hub id, or an opened checkpoint.
+        backend: "llama.cpp": it must also load there and run a few tokens, in a process of its own.
+
+    Returns:
+        What was looked at, and the tensor that is furthest from the original.
+
+    Raises:
+        ValidationError: a tensor is damaged, or llama.cpp refuses the file.
+        LLMQuantizeError: llama.cpp crashed, or is not installed.
+        ArgumentError, ModelNotFoundError, ConversionError: no file there, or none that can be compared.
+
+    Example:
+        >>> lq.validate("Qwen3-0.6B-Q4_K_M.gguf", "Qwen3-0.6B").largest_error["name"]
+    """
+    path = Path(path).expanduser()
+    Setting(backend=backend).check_files([path])
+    if path.is_dir() and original is None:
+        hint = "give --original MODEL"
+        raise ArgumentError(f"{path} is a directory; it can only be compared with its original", hint)
     count, worst = 0, None
-    if not folder:
-        file = open_gguf(Path(path).expanduser())
+    if not path.is_dir():
+        file = open_gguf(path)
         check_tensors(file)
         count = len(file.tensors)
     if original is not None:

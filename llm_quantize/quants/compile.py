@@ -45,7 +45,8 @@ def compiling(on: bool):  # whether stages run compiled inside the block
 def _compilation_key(value):
     "What of an argument a compilation depends on."
     if torch.is_tensor(value): return (*value.shape, value.device.type)
-    if isinstance(value, dict): return tuple((name, *v.shape, v.device.type) for name, v in value.items())
+    if isinstance(value, dict): return tuple((name, *_compilation_key(v)) for name, v in value.items())
+    if isinstance(value, tuple): return tuple(map(_compilation_key, value))
     return value
 
 @lru_cache(None)

@@ -123,7 +123,7 @@ class FeedbackProblem:
     @cached_property
     def limits(self) -> tuple | None:
         "Of the small scales, as `storable` takes them; None where there are none."
-        return getattr(self.encoder.search, "keywords", {}).get("limits")
+        return getattr(self.encoder.search, "limits", None)
 
     @cached_property
     def exact_factor(self) -> torch.Tensor: return inverse_factor(self.hessian)

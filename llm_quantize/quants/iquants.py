@@ -9,7 +9,7 @@ __all__ = ['GRID_TYPES', 'LAYOUTS', 'GridType', 'point_indices', 'points_at', 'p
 
 # %% ../../nbs/quants/08_iquants.ipynb #iquants-from-dataclasses-import-data
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,9 +25,9 @@ from llm_quantize.quants.blocks import (
     half_bytes,
     read_half,
 )
-from .iq_grids import Grid, grid_points, grid_search
+from .iq_grids import Grid, GridSearch, grid_points
 from .legacy import IQ4_TABLE
-from .scale_search import super_steps, symmetric_search
+from .scale_search import SymmetricSearch, super_steps
 
 # %% ../../nbs/quants/08_iquants.ipynb #iquants-parity
 def _parity(bits):
@@ -303,8 +303,7 @@ def unpack_iq4_xs(data: torch.Tensor) -> tuple:  # fields, codes
 # %% ../../nbs/quants/08_iquants.ipynb #iquants-table-levels-0-15-iq4-table
 _TABLE = Levels(0, 15, IQ4_TABLE)
 _STRETCHES = (0.82, 0.88, 0.94, 1.0, 1.06, 1.12)
-_search = partial(
-    symmetric_search,
+_search = SymmetricSearch(
     levels=_TABLE,
     limits=(-32, 31),
     ends=tuple(end * k for end in (_TABLE.low, _TABLE.high) for k in _STRETCHES),
@@ -353,8 +352,7 @@ def _grid_encoder(name, effort, rounds):
     grid = Grid(name, kind.values, kind.dim, kind.signs, shift, name == "IQ1_S", many)
     last, unit = 7 if shift else 15, 1 / kind.unit  # largest k, and the scale of k = 0
     most = (2 * last + 1) * unit
-    search = partial(
-        grid_search,
+    search = GridSearch(
         grid=replace(grid, count=some),
         few=few,
         limits=(unit, most, 2 * unit),

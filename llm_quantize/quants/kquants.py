@@ -6,13 +6,11 @@
 __all__ = ['pack_q2', 'unpack_q2', 'pack_q3', 'unpack_q3', 'pack_scales', 'unpack_scales', 'pack_q4', 'unpack_q4', 'pack_q5',
            'unpack_q5', 'pack_q6', 'unpack_q6']
 
-# %% ../../nbs/quants/06_kquants.ipynb #kquants-from-functools-import-partia
-from functools import partial
-
+# %% ../../nbs/quants/06_kquants.ipynb #kquants-import-torch
 import torch
 
 from .blocks import ENCODERS, Encoder, Fields, Layout, Levels, digits, half_bytes, read_half
-from .scale_search import affine_search, super_steps, symmetric_search
+from .scale_search import AffineSearch, SymmetricSearch, super_steps
 
 # %% ../../nbs/quants/06_kquants.ipynb #kquants-runs
 def _runs(codes, *shape):
@@ -163,8 +161,7 @@ _SIX_BITS = {
 
 # %% ../../nbs/quants/06_kquants.ipynb #kquants-searches
 _SEARCHES = {
-    "Q2_K": partial(
-        affine_search,
+    "Q2_K": AffineSearch(
         levels=Levels(0, 3),
         limits=(0, 15),
         starts=_grid((0.75, 0.9, 1.05, 1.2, 1.35), (0.25, 0.0, -0.25, -0.5)),
@@ -172,8 +169,7 @@ _SEARCHES = {
         moves=_NEIGHBOURS,
         rounds=3,
     ),
-    "Q3_K": partial(
-        symmetric_search,
+    "Q3_K": SymmetricSearch(
         levels=Levels(-4, 3),
         limits=(-32, 31),
         ends=(-4.7, -4.1, -3.6, -3.1, 4.2, 3.5, 2.8),
@@ -182,10 +178,9 @@ _SEARCHES = {
         moves=((0,), (-1,), (1,)),
         rounds=2,
     ),
-    "Q4_K": partial(affine_search, levels=Levels(0, 15), starts=_grid(_STRETCHES, (0.15, -0.33, -1.0)), **_SIX_BITS),
-    "Q5_K": partial(affine_search, levels=Levels(0, 31), starts=_grid(_STRETCHES, (0.2, -0.15, -0.5)), **_SIX_BITS),
-    "Q6_K": partial(
-        symmetric_search,
+    "Q4_K": AffineSearch(levels=Levels(0, 15), starts=_grid(_STRETCHES, (0.15, -0.33, -1.0)), **_SIX_BITS),
+    "Q5_K": AffineSearch(levels=Levels(0, 31), starts=_grid(_STRETCHES, (0.2, -0.15, -0.5)), **_SIX_BITS),
+    "Q6_K": SymmetricSearch(
         levels=Levels(-32, 31),
         limits=(-128, 127),
         ends=(-33.0, -32.5, -32.0, -31.5, -31.0, 31.2),
@@ -207,8 +202,7 @@ _LAYOUTS = {
 
 def _encoder(search, layout):
     "Search and layout of a type as one encoder."
-    levels, (_, most) = search.keywords["levels"], search.keywords["limits"]
-    largest = 65504.0 * most * levels.hi
-    return Encoder(layout.groups, layout.elements, levels, search, super_steps, layout.pack, layout.unpack, largest)
+    largest = 65504.0 * search.limits[1] * search.levels.hi
+    return Encoder(*layout[:2], search.levels, search, super_steps, *layout[2:], largest)
 
 ENCODERS.update({name: _encoder(_SEARCHES[name], layout) for name, layout in _LAYOUTS.items()})

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['pick', 'keep', 'extreme', 'column', 'heaviest', 'fit_symmetric', 'symmetric_scale', 'spread', 'fit_affine',
            'affine_scale', 'storable', 'super_scale', 'super_steps', 'neighbours', 'best_neighbour', 'refit',
-           'local_search', 'symmetric_search', 'step_costs', 'affine_search']
+           'local_search', 'SymmetricSearch', 'step_costs', 'AffineSearch']
 
-# %% ../../nbs/quants/04_scale_search.ipynb #scale_search-import-torch
+# %% ../../nbs/quants/04_scale_search.ipynb #scale_search-from-dataclasses-import-data
+from dataclasses import dataclass
+
 import torch
 
 from .blocks import Fields, Levels, fit_errors, fit_sums, inverse, ratio, to_half
@@ -98,13 +100,12 @@ def fit_affine(
     step: torch.Tensor,  # (..., candidates, blocks)
     inverse: torch.Tensor,  # 1 / step
     offset: torch.Tensor,  # (..., candidates, blocks)
-    sw: torch.Tensor,  # (..., 1, blocks): sum of w
-    sx: torch.Tensor,  # (..., 1, blocks): sum of w x
+    totals: tuple,  # sums of w and of w x, each (..., 1, blocks)
     levels: Levels,
     signed: bool,  # whether the offset may be negative
 ) -> list:  # loss, step and offset of the best candidate, each (..., blocks)
     "Each candidate picks levels and gets the step and offset that fit them best; the best of these."
-    sq, sqq, sxq = fit_sums(x, w, step, inverse, offset, levels)
+    (sw, sx), (sq, sqq, sxq) = totals, fit_sums(x, w, step, inverse, offset, levels)
     det = sw * sqq - sq * sq
     flat = det <= 1e-5 * sw * sqq  # levels all alike
     s, m = ratio(sw * sxq - sx * sq, det), ratio(sq * sxq - sqq * sx, det)
@@ -129,10 +130,10 @@ def affine_scale(
     step = unit * column([stretch for stretch, _ in starts], x)
     inverses = inverse(unit) * column([1 / stretch for stretch, _ in starts], x)
     offset = column([shift for _, shift in starts], x) * step - low
-    best = fit_affine(x, w, step, inverses, offset, sw, sx, levels, signed)
+    best = fit_affine(x, w, step, inverses, offset, (sw, sx), levels, signed)
     for _ in range(refits):
         s, m = best[1].unsqueeze(-2), best[2].unsqueeze(-2)
-        new = fit_affine(x, w, s, inverse(s), m, sw, sx, levels, signed)
+        new = fit_affine(x, w, s, inverse(s), m, (sw, sx), levels, signed)
         best = keep(new[0] < best[0], new, best)
     mean = ratio(-sx, sw).squeeze(-2)
     if not signed: mean = mean.clamp(min=0.0)
@@ -249,22 +250,26 @@ def local_search(
         fields = dict(zip(new, values, strict=True))
     return fields
 
-# %% ../../nbs/quants/04_scale_search.ipynb #scale_search-symmetric-search
-def symmetric_search(
-    x: torch.Tensor,  # (..., groups, elements, blocks)
-    w: torch.Tensor,  # same shape
-    levels: Levels,
-    limits: tuple,  # as `storable` takes them
-    ends: tuple,  # as `symmetric_scale` takes them
-    heavy: tuple,
-    super_ends: tuple,  # as `super_scale` takes them
-    moves: tuple,  # as `local_search` takes them
-    rounds: int,
-) -> Fields:  # d (..., blocks), scales (..., groups, blocks)
-    "Super-scale `d` and integers `scales` for weights stored as d * scale * level."
-    s, sqq = symmetric_scale(x, w, levels, ends, heavy)
-    d, k = super_scale(s, sqq, limits, super_ends)
-    return local_search(x, w, {"d": d, "scales": k}, levels, limits, moves, rounds)
+# %% ../../nbs/quants/04_scale_search.ipynb #scale_search-symmetricsearch
+@dataclass(frozen=True)
+class SymmetricSearch:
+    "The search for weights stored as d * scale * level: the super-scale `d` and the integers `scales`."
+    levels: Levels
+    limits: tuple  # as `storable` takes them
+    ends: tuple  # as `symmetric_scale` takes them
+    heavy: tuple
+    super_ends: tuple  # as `super_scale` takes them
+    moves: tuple  # as `local_search` takes them
+    rounds: int
+
+    def __call__(
+        self,
+        x: torch.Tensor,  # (..., groups, elements, blocks)
+        w: torch.Tensor,  # same shape
+    ) -> Fields:  # d (..., blocks), scales (..., groups, blocks)
+        s, sqq = symmetric_scale(x, w, self.levels, self.ends, self.heavy)
+        d, k = super_scale(s, sqq, self.limits, self.super_ends)
+        return local_search(x, w, {"d": d, "scales": k}, self.levels, self.limits, self.moves, self.rounds)
 
 # %% ../../nbs/quants/04_scale_search.ipynb #scale_search-step-costs
 @stage
@@ -284,21 +289,27 @@ def step_costs(
     flat = free <= 1e-5 * sqq  # one level for all: too large a step costs nothing at all
     return sq, torch.where(moving, free, sqq), torch.where(moving | flat, free, sqq)
 
-def affine_search(
-    x: torch.Tensor,  # (..., groups, elements, blocks)
-    w: torch.Tensor,  # same shape
-    levels: Levels,
-    limits: tuple,  # of the integers that store scales and offsets
-    starts: tuple,  # as `affine_scale` takes them
-    super_ends: tuple,  # as `super_scale` takes them
-    moves: tuple,  # as `local_search` takes them
-    rounds: int,
-) -> Fields:  # d, dmin (..., blocks), scales, mins (..., groups, blocks)
-    "Super-scales `d`, `dmin` and integers `scales`, `mins` for weights stored as d * scale * code - dmin * min."
-    s, m, sw, sx = affine_scale(x, w, levels, starts)
-    sq, below, above = step_costs(x, w, s.unsqueeze(-2), inverse(s).unsqueeze(-2), m.unsqueeze(-2), sw, levels)
-    d, k = super_scale(s, below, limits, super_ends, above)
-    sw, sx = sw.squeeze(-2), sx.squeeze(-2)
-    wished = ratio(d.unsqueeze(-2) * k * sq - sx, sw).clamp(min=0.0)  # the offsets that fit the stored steps
-    dmin, l = super_scale(wished, sw, limits, super_ends)
-    return local_search(x, w, {"d": d, "scales": k, "dmin": dmin, "mins": l}, levels, limits, moves, rounds)
+@dataclass(frozen=True)
+class AffineSearch:
+    "The search for weights stored as d * scale * code - dmin * min: `d` and `dmin`, the integers `scales` and `mins`."
+    levels: Levels
+    limits: tuple  # of the integers that store scales and offsets
+    starts: tuple  # as `affine_scale` takes them
+    super_ends: tuple  # as `super_scale` takes them
+    moves: tuple  # as `local_search` takes them
+    rounds: int
+
+    def __call__(
+        self,
+        x: torch.Tensor,  # (..., groups, elements, blocks)
+        w: torch.Tensor,  # same shape
+    ) -> Fields:  # d, dmin (..., blocks), scales, mins (..., groups, blocks)
+        s, m, sw, sx = affine_scale(x, w, self.levels, self.starts)
+        step, offset = s.unsqueeze(-2), m.unsqueeze(-2)
+        sq, below, above = step_costs(x, w, step, inverse(step), offset, sw, self.levels)
+        d, k = super_scale(s, below, self.limits, self.super_ends, above)
+        sw, sx = sw.squeeze(-2), sx.squeeze(-2)
+        wished = ratio(d.unsqueeze(-2) * k * sq - sx, sw).clamp(min=0.0)  # the offsets that fit the stored steps
+        dmin, l = super_scale(wished, sw, self.limits, self.super_ends)
+        fields = {"d": d, "scales": k, "dmin": dmin, "mins": l}
+        return local_search(x, w, fields, self.levels, self.limits, self.moves, self.rounds)

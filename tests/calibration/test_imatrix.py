@@ -284,5 +284,5 @@ def test_display():
     from xml.etree import ElementTree
     svg = ElementTree.fromstring(html[html.index("<svg"):html.index("</svg>") + 6])
     assert sum(path.get("d").count("z") for path in svg.iter("{http://www.w3.org/2000/svg}path")) == 96 * 7
-    assert matrix._repr_markdown_().count("\n| ") == 1 + 1 + 25 and "blk.95" in matrix._repr_markdown_()
+    assert matrix._repr_markdown_().count("\n| ") == 1 + 25 and "blk.95" in matrix._repr_markdown_()
     assert "output" in random_matrix({"output.weight": (1, 8)})._repr_html_()

@@ -10,7 +10,7 @@ from llm_quantize.models.layer_stack import LayerStack
 from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError, ProfileError
-from llm_quantize.calibration.hessian import Curvature, curvature
+from llm_quantize.calibration.hessian import Curvature, loss_curvature
 from llm_quantize.calibration.effort import Effort
 from llm_quantize.calibration.probe import Probe
 from llm_quantize.calibration.sensitivity import Sensitivity, TensorCosts, candidate_types, corrected, measure_sensitivity, plot_sensitivity, spearman
@@ -43,9 +43,9 @@ def test_cost_is_the_mean_square_of_what_moves():
 
 def test_wide_tensors_keep_blocks_of_their_curvature(sample, ids, monkeypatch):
     stack = LayerStack(sample, dtype=torch.float32, device="cpu", keep=True)
-    whole = curvature(stack, ids)
+    whole = loss_curvature(stack, ids)
     monkeypatch.setattr(hessian, "WIDTH", 256)
-    blocks = curvature(stack, ids)
+    blocks = loss_curvature(stack, ids)
     name = "blk.1.ffn_down.weight"
     assert whole[name].h.shape == (1, 1, 768, 768) and blocks[name].h.shape == (1, 3, 256, 256)
     for i in range(3): assert torch.allclose(blocks[name].h[0, i], whole[name].h[0, 0, 256 * i:256 * i + 256, 256 * i:256 * i + 256], rtol=1e-3, atol=1e-7)
@@ -56,7 +56,7 @@ def test_wide_tensors_keep_blocks_of_their_curvature(sample, ids, monkeypatch):
 
 def test_the_curvature_is_that_of_the_loss(sample, ids, probe):
     "A small random error in any one tensor moves the predictions by what was predicted, within the noise of a few windows."
-    curved = curvature(probe.stack, ids)
+    curved = loss_curvature(probe.stack, ids)
     for name in ("blk.0.attn_q.weight", "blk.1.attn_v.weight", "blk.2.ffn_gate.weight", "blk.3.ffn_down.weight"):
         spec = probe.specs[name]
         weights = spec.load(sample).float()

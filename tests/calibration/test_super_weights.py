@@ -14,8 +14,9 @@ from llm_quantize.calibration.text import bundled_text, load_tokenizer, windows
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ArgumentError
 from llm_quantize.calibration.imatrix import ImportanceMatrix
+from llm_quantize.calibration.super_weights import SuperWeights, Zeroed, find_spikes, find_super_weights, hf_place, saved_super_weights
 from llm_quantize.models.views import Kept
-from llm_quantize.calibration.super_weights import SuperWeights, Zeroed, find_spikes, find_super_weights, hf_place, rank_weights, saved_super_weights, weight_scores
+from llm_quantize.calibration.ranked_weights import rank_weights, weight_scores
 
 OF_SAMPLE = [(0, 12, 210), (0, 3, 210), (0, 156, 210), (0, 174, 210)]
 

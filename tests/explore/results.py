@@ -6,7 +6,7 @@ import torch
 
 from llm_quantize.explore.views import explore_allocation, explore_importance, explore_quality
 from llm_quantize.calibration.imatrix import ImportanceMatrix
-from llm_quantize.quality.evaluate import SHARES, Metrics, QualityReport
+from llm_quantize.quality.report import SHARES, Metrics, QualityReport
 from llm_quantize.quants.qtypes import qtype
 from llm_quantize.calibration.sensitivity import CANDIDATES, Sensitivity, TensorCosts
 from llm_quantize.calibration.super_weights import SuperWeight, SuperWeights

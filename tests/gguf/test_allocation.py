@@ -5,7 +5,7 @@ import random
 import pytest
 
 from llm_quantize.gguf import allocation
-from llm_quantize.gguf.allocation import Choice, Rule, allocate, allocate_blocks, apply_rules, default_floors, fitting, reachable
+from llm_quantize.gguf.allocation import TypeChoice, Rule, allocate, allocate_blocks, apply_rules, default_floors, fitting, reachable
 from llm_quantize.errors import ArgumentError, ProfileError
 from llm_quantize.gguf.container import gguf_bytes
 from llm_quantize.quants.qtypes import QTYPES, qtype
@@ -20,7 +20,7 @@ def model(blocks=6, wide=512, inner=1536, vocabulary=16384, seed=0, types=TYPES)
               "ffn_gate": (inner, wide), "ffn_up": (inner, wide), "ffn_down": (wide, inner)}
     names = [("token_embd.weight", (vocabulary, wide))] + [(f"blk.{i}.{kind}.weight", shape) for i in range(blocks) for kind, shape in shapes.items()]
     def costs(): return (lambda s: {t: s * 4 ** -qtype(t).bpw * rng.uniform(0.8, 1.25) for t in types})(rng.lognormvariate(0, 1.3))
-    return [Choice(name, shape, costs()) for name, shape in names]
+    return [TypeChoice(name, shape, costs()) for name, shape in names]
 
 
 def exhaustive(choices, budget):
@@ -88,7 +88,7 @@ def test_impossible_targets_say_what_is_possible():
 
 
 def test_rows_that_do_not_divide_have_types_that_do():
-    choices = [Choice("blk.0.ffn_down.weight", (96, 96), {"Q4_0": 0.3, "IQ4_NL": 0.2, "Q8_0": 0.01, "F16": 0.0})]
+    choices = [TypeChoice("blk.0.ffn_down.weight", (96, 96), {"Q4_0": 0.3, "IQ4_NL": 0.2, "Q8_0": 0.01, "F16": 0.0})]
     assert allocate(choices, 96 * 54).types["blk.0.ffn_down.weight"] == "IQ4_NL"
     assert list(apply_rules(choices, (Rule("ffn", most="IQ2_XXS"),))[0].costs) in (["Q4_0"], ["IQ4_NL"])
     for name in QTYPES: assert 96 % qtype(fitting(name, 96)).block_size == 0 and 7 % qtype(fitting(name, 7)).block_size == 0
@@ -114,7 +114,7 @@ def test_rules_without_sense_are_refused(bad):
     with pytest.raises(ProfileError): Rule(**bad)
 
 
-# ---- polish ------------------------------------------------------------------------------------------------
+# ---- local search ------------------------------------------------------------------------------------------
 
 def test_polish_finds_what_the_prediction_had_wrong():
     import numpy as np
@@ -127,7 +127,7 @@ def test_polish_finds_what_the_prediction_had_wrong():
         measured.append(dict(types))
         return np.full(200, sum(true[n][t] for n, t in types.items())) + noise
     target = 6_000_000
-    best, record = allocation.polish(choices, lambda cs: allocate(cs, target), measure, 40)
+    best, record = allocation.local_search(choices, lambda cs: allocate(cs, target), measure, 40)
     assert record[0].group == "as predicted" and len(record) == len(measured) <= 40
     assert sum(true[n][t] for n, t in best.types.items()) == pytest.approx(min(r.kld for r in record), rel=1e-4)
     assert min(r.kld for r in record) < 0.97 * record[0].kld
@@ -138,7 +138,7 @@ def test_polish_keeps_nothing_that_noise_could_explain():
     import numpy as np
     rng = np.random.default_rng(1)
     choices = model(blocks=2)
-    best, record = allocation.polish(choices, lambda cs: allocate(cs, 3_000_000), lambda types: rng.normal(1, 1, 50), 25)
+    best, record = allocation.local_search(choices, lambda cs: allocate(cs, 3_000_000), lambda types: rng.normal(1, 1, 50), 25)
     assert sum(r.kept for r in record[1:]) <= 8
     for r in record[1:]: assert r.kept == (r.gain > r.error)
-    assert allocation.polish(choices, lambda cs: allocate(cs, 3_000_000), lambda types: 1 / 0, 0)[1] == ()
+    assert allocation.local_search(choices, lambda cs: allocate(cs, 3_000_000), lambda types: 1 / 0, 0)[1] == ()

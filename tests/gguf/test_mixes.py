@@ -16,6 +16,7 @@ import pytest
 from llama_cpp import _logger
 
 from llm_quantize.gguf import mixes as recipes
+from llm_quantize.gguf import tensor_rules
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import Checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError
@@ -54,7 +55,7 @@ def tensors(layers, width=256, ffn=512, tied=False, fused=False, experts=0, shar
 
 def odd_names():
     "A tensor for each name that is never quantized, in a model otherwise plain."
-    odd = [f"blk.0.x{part}" if part.startswith(".") else f"blk.0.{part}" for part in recipes._NEVER]
+    odd = [f"blk.0.x{part}" if part.startswith(".") else f"blk.0.{part}" for part in tensor_rules.ALWAYS_F32]
     odd = [name if name.endswith("weight") else f"{name}.weight" for name in odd]
     return [*tensors(2), *((name, (2, 256)) for name in odd), ("position_embd.weight", (2, 256)), ("token_types.weight", (2, 256)),
             ("blk.1.attn_q.lora", (2, 256)), ("blk.1.ffn_gate_tid.weight", (1, 256)), ("rope_freqs.weight", (64,))]
@@ -285,15 +286,15 @@ def test_a_threshold_off_by_a_little_is_noticed(oracle, monkeypatch, name, mix, 
     assert noticed(oracle, mix)
 
 
-@pytest.mark.parametrize("part", recipes._NEVER)
+@pytest.mark.parametrize("part", tensor_rules.ALWAYS_F32)
 def test_a_forgotten_name_is_noticed(oracle, monkeypatch, part):
-    monkeypatch.setattr(recipes, "_NEVER", [p for p in recipes._NEVER if p != part])
+    monkeypatch.setattr(tensor_rules, "ALWAYS_F32", [p for p in tensor_rules.ALWAYS_F32 if p != part])
     assert ours("odd names", "Q4_K_M", False) != oracle("odd names", "Q4_K_M", False)
 
 
 @pytest.mark.parametrize("role", ["attn_qkv.weight", "attn_v.weight", "attn_k.weight", "attn_q.weight", "attn_output.weight", "ffn_up", "ffn_gate", "ffn_down"])
 def test_a_forgotten_role_is_noticed(oracle, monkeypatch, role):
-    monkeypatch.setattr(recipes, "_ROLES", [r for r in recipes._ROLES if r[0] != role])
+    monkeypatch.setattr(tensor_rules, "_ROLES", [r for r in tensor_rules._ROLES if r[0] != role])
     assert any(noticed(oracle, mix) for mix in ("Q4_K_M", "IQ3_XS"))
 
 
@@ -304,7 +305,7 @@ def test_a_forgotten_role_is_noticed(oracle, monkeypatch, role):
     lambda patch: patch.setattr(ModelFacts, "gqa", property(lambda f: f.n_head_kv // f.n_head)),
     lambda patch: patch.setattr(recipes, "_TINY", set()),
     lambda patch: patch.setattr(recipes, "_fit", lambda type, columns: (type, "")),
-    lambda patch: patch.setattr(recipes, "_numbers", lambda names: {n: (max(recipes._layer(n), 0), 0) for n in names}),
+    lambda patch: patch.setattr(recipes, "_numbers", lambda names: {n: (max(tensor_rules.layer_of(n), 0), 0) for n in names}),
 ], ids=["no qwen2 70B", "no llama 70B", "70B by layers alone", "gqa upside down", "no tiny mixes", "no fallback", "attention counted by layer"])
 def test_other_damage_is_noticed(oracle, monkeypatch, damage):
     damage(monkeypatch)

@@ -8,7 +8,7 @@ from llm_quantize.errors import ArgumentError, ProfileError
 from llm_quantize.gguf.allocation import Rule
 from llm_quantize.gguf.profiles import PRESETS, Profile, Target, facts_of, list_profiles, make_target, target_of, type_map
 from llm_quantize.gguf.resolution import make_plan
-from llm_quantize.gguf.tensor_rules import kept_float
+from llm_quantize.gguf.tensor_rules import why_f32
 from llm_quantize.models.checkpoint import sample_path
 from llm_quantize.models.job import Job
 
@@ -39,7 +39,7 @@ def test_sizes_as_they_are_written():
     with pytest.raises(ArgumentError, match="both given"): target_of(3.0, "500M")
 
 
-def full(specs): return Profile("mine", Target(3.1, "file"), "ünï", (Rule("attn_v", least="Q6_K"),), False, facts_of("llama", specs), {n: "IQ3_XXS" for n, s in specs if not kept_float(n, s)})
+def full(specs): return Profile("mine", Target(3.1, "file"), "ünï", (Rule("attn_v", least="Q6_K"),), False, facts_of("llama", specs), {n: "IQ3_XXS" for n, s in specs if not why_f32(n, s)})
 
 
 def test_files_come_back_as_they_were(specs, tmp_path, own_folder):

@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 
 from llm_quantize.errors import ArgumentError
-from llm_quantize.gguf.allocation import Choice, Rule
+from llm_quantize.gguf.allocation import TypeChoice, Rule
 from llm_quantize.gguf.profiles import PRESETS, Profile, Target, facts_of
 from llm_quantize.gguf.resolution import check_fit, choose_types, make_plan
-from llm_quantize.gguf.tensor_rules import kept_float
+from llm_quantize.gguf.tensor_rules import why_f32
 from llm_quantize.models.checkpoint import sample_path
 from llm_quantize.models.job import Job
 from llm_quantize.quants.qtypes import qtype
@@ -20,7 +20,7 @@ def specs(): return [(t.name, t.shape) for t in Job(sample_path()).tensors.value
 
 
 @pytest.fixture(scope="module")
-def choices(specs): return [Choice(n, s, {t: (1 + i % 5) * 4 ** -qtype(t).bpw for t in TYPES}) for i, (n, s) in enumerate(specs) if not kept_float(n, s)]
+def choices(specs): return [TypeChoice(n, s, {t: (1 + i % 5) * 4 ** -qtype(t).bpw for t in TYPES}) for i, (n, s) in enumerate(specs) if not why_f32(n, s)]
 
 
 def block_bits(choices, types):
@@ -37,7 +37,7 @@ def test_presets_come_to_their_bits(choices, name, bits):
 
 
 def test_an_impossible_preset_goes_to_the_nearest_size_but_a_wish_is_refused(specs):
-    small = [Choice(n, s, {t: 4 ** -qtype(t).bpw for t in ("IQ4_NL", "Q8_0")}) for n, s in specs if not kept_float(n, s)]
+    small = [TypeChoice(n, s, {t: 4 ** -qtype(t).bpw for t in ("IQ4_NL", "Q8_0")}) for n, s in specs if not why_f32(n, s)]
     assert block_bits(small, choose_types(PRESETS["compression-max"], small, 0, 1).types) == 4.5
     with pytest.raises(ArgumentError, match="cannot be met"): choose_types(replace(PRESETS["compression-max"], name="mine"), small, 0, 1)
 
@@ -56,7 +56,7 @@ def test_floors_can_be_taken_away(choices):
     assert choose_types(Profile("x", low, floors=False), choices, 0, 1).bytes <= 1_000_000
 
 
-def full(specs): return Profile("mine", Target(3.1, "file"), "ünï", (Rule("attn_v", least="Q6_K"),), False, facts_of("llama", specs), {n: "IQ3_XXS" for n, s in specs if not kept_float(n, s)})
+def full(specs): return Profile("mine", Target(3.1, "file"), "ünï", (Rule("attn_v", least="Q6_K"),), False, facts_of("llama", specs), {n: "IQ3_XXS" for n, s in specs if not why_f32(n, s)})
 
 
 def test_plans_fit_the_model(specs):

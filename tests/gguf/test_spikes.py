@@ -9,7 +9,7 @@ import torch
 
 from llm_quantize.calibration.effort import find_effort
 from llm_quantize.calibration.probe import texts
-from llm_quantize.calibration.super_weights import rank_weights
+from llm_quantize.calibration.ranked_weights import rank_weights
 from llm_quantize.gguf.feedback_pass import Prepared
 from llm_quantize.gguf.pinning import half_ulp
 from llm_quantize.gguf.plan import Draft, plan_gguf

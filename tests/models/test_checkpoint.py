@@ -117,25 +117,39 @@ def hub():
     server.shutdown()
 
 
-def open_in_process(model, tmp_path, endpoint):
-    "The Hub's address is read at import, so each case gets a process of its own."
+def open_in_process(models, folder, endpoint):
+    "What is said of each. The Hub's address is read at import, so each address gets a process of its own."
     code = f"""
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import LLMQuantizeError
-try: open_checkpoint({model!r})
-except LLMQuantizeError as error: print(error.exit_code, error, "|", error.suggestion)
+for model in {models!r}:
+    try: open_checkpoint(model)
+    except LLMQuantizeError as error: print(error.exit_code, error, "|", error.suggestion)
 """
-    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
     env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == len(models), done.stdout + done.stderr
+    return dict(zip(models, said, strict=True))
 
 
-@pytest.mark.parametrize("repository, code, word", [("owner/gated", "4", "licence"), ("owner/missing", "3", "spelling"), ("owner/forbidden", "4", "HF_TOKEN"), ("owner/broken", "3", "HTTP 500")])
-def test_hub_refusals(hub, tmp_path, repository, code, word):
-    said = open_in_process(repository, tmp_path, hub)
-    assert said.startswith(code + " ") and word in said, said
+REFUSED = {"owner/gated": ("4", "licence"), "owner/missing": ("3", "spelling"), "owner/forbidden": ("4", "HF_TOKEN"),
+           "owner/broken": ("3", "HTTP 500")}
+
+
+@pytest.fixture(scope="module")
+def refusals(hub, tmp_path_factory): return open_in_process(list(REFUSED), tmp_path_factory.mktemp("hub"), hub)
+
+
+@pytest.mark.parametrize("repository", REFUSED)
+def test_hub_refusals(refusals, repository):
+    code, word = REFUSED[repository]
+    assert refusals[repository].startswith(code + " ")
+    assert word in refusals[repository]
 
 
 def test_no_network_is_said_plainly(tmp_path):
-    said = open_in_process("owner/name", tmp_path, "http://127.0.0.1:9")
-    assert said.startswith("3 ") and "cannot be reached" in said, said
+    said = open_in_process(["owner/name"], tmp_path, "http://127.0.0.1:9")["owner/name"]
+    assert said.startswith("3 ")
+    assert "cannot be reached" in said

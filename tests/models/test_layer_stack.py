@@ -149,12 +149,25 @@ def test_replaced_tensors_give_what_another_checkpoint_would(family, dtype, keep
     assert torch.equal(logits(stack, ids), before)
 
 
+class Counting(View):
+    "Remembers what was read."
+    read = ()
+    def tensor(self, name):
+        self.read += (name,)
+        return super().tensor(name)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral", "gemma3"])
+def test_embedding_and_head_read_nothing_of_the_layers(family, made):
+    checkpoint = Counting(made(family)[1])
+    stack, ids = LayerStack(checkpoint, device="cpu", keep=False), tokens(1, 8)
+    checkpoint.read = ()
+    assert stack.embedding(ids)(ids).shape == (1, 8, stack.config.hidden_size)
+    assert stack.head()(torch.zeros(1, stack.config.hidden_size)).shape[0] == 1
+    assert checkpoint.read and not [name for name in checkpoint.read if "layers." in name]
+
+
 def test_a_kept_layer_is_not_read_again(made):
-    class Counting(View):
-        read = ()
-        def tensor(self, name):
-            self.read += (name,)
-            return super().tensor(name)
     checkpoint = Counting(made("qwen3")[1])
     stack, name = LayerStack(checkpoint, device="cpu", keep=True), "model.layers.1.mlp.up_proj.weight"
     changed = torch.zeros(checkpoint.shape(name))

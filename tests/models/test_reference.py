@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ConversionError
 from llm_quantize.models.reference import float_module, load_float
+from llm_quantize.models.views import Kept, Replaced
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -36,3 +37,9 @@ def test_directory_and_dictionary_are_one_model(weights):
     ours, theirs = float_module(open_checkpoint(sample_path()), torch.float32, "cpu", weights), load_float(sample_path())
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert {p.dtype for p in ours.parameters()} == {torch.float32} and not ours.training
+
+
+def test_a_view_of_a_checkpoint_is_not_read_from_its_directory(weights):
+    checkpoint = open_checkpoint(sample_path())
+    changed = load_float(Replaced(checkpoint, {NAME: torch.zeros(768, 256)}))
+    assert not changed.get_parameter(NAME).any() and load_float(Kept(checkpoint)).get_parameter(NAME).any()

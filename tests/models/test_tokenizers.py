@@ -18,6 +18,7 @@ from llm_quantize.errors import ArgumentError, ConversionError
 from llm_quantize.models.pretokenizers import KNOWN_NAMES, PRE_TOKENIZERS, chain_of, recognise
 from llm_quantize.models.tokenizer_files import read_sentencepiece
 from llm_quantize.models.tokenizers import tokenizer_metadata
+from llm_quantize.quality.llama_cpp_model import open_llama
 
 # ---- text ----------------------------------------------------------------------------------------------------------------------------------------
 
@@ -66,7 +67,7 @@ def write_vocab(path, keys):
 
 class Llama:
     "llama.cpp's tokenizer of a vocabulary-only file."
-    def __init__(self, keys, path): self.model = llama_cpp.Llama(str(write_vocab(path, keys)), vocab_only=True, verbose=False)
+    def __init__(self, keys, path): self.model = open_llama(write_vocab(path, keys), vocab_only=True)
 
     def ids(self, text, add=True, special=True): return self.model.tokenize(text.encode(), add, special)
 
@@ -353,7 +354,8 @@ def test_known_difference_unknown_characters(tmp_path):
     processor = train_spm(tmp_path / "m", byte_fallback=False)
     assert processor.encode("☃")[-1] == processor.unk_id()
     write_vocab(tmp_path / "v.gguf", keys_of(tmp_path / "m"))
-    code = f"import llama_cpp; print(llama_cpp.Llama({str(tmp_path / 'v.gguf')!r}, vocab_only=True, verbose=False).tokenize('☃'.encode()))"
+    code = ("from llm_quantize.quality.llama_cpp_model import open_llama\n"
+            f"print(open_llama({str(tmp_path / 'v.gguf')!r}, vocab_only=True).tokenize('☃'.encode()))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode < 0
 
 

@@ -58,6 +58,13 @@ def test_replaced_weights_are_not_rounded(dtype, given, checkpoint):
     assert all(torch.equal(view.tensor(other), checkpoint.tensor(other)) for other in others)
 
 
+def test_what_the_files_hold_is_seen_through_a_view(checkpoint):
+    name = checkpoint.names[0]
+    view = Kept(Replaced(checkpoint, {name: torch.zeros(checkpoint.shape(name))}))
+    assert view.stored_type(name) == "BF16" and torch.equal(view.stored(name), checkpoint.tensor(name))
+    assert repr(view) == repr(checkpoint).replace("Checkpoint", "Kept", 1)
+
+
 def test_views_around_views(checkpoint):
     name, counting = "model.norm.weight", Counting(checkpoint)
     kept = Kept(Replaced(counting, {name: torch.zeros(checkpoint.shape(name))}))

@@ -7,7 +7,8 @@ import torch
 
 from llm_quantize.calibration.text import load_tokenizer
 from llm_quantize.models.checkpoint import open_checkpoint
-from llm_quantize.quality.coherence import bundled_prompts, check_coherence, coherence, continuations, loop_share, read_prompts
+from llm_quantize.quality.coherence import bundled_prompts, coherence, continuations, loop_share, read_prompts
+from llm_quantize.quality.evaluate import check_coherence
 from llm_quantize.models.reference import load_float
 from llm_quantize.quality.quantized_model import load_quantized
 from llm_quantize.errors import CalibrationError, ValidationError

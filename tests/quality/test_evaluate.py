@@ -29,7 +29,8 @@ from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.quantized_model import load_quantized
 from llm_quantize.errors import ArgumentError, CalibrationError, ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
 from llm_quantize.gguf.container import open_gguf
-from llm_quantize.quality.evaluate import Comparison, compare, quality_report
+from llm_quantize.quality.comparison import Comparison
+from llm_quantize.quality.evaluate import compare, quality_report
 from llm_quantize.display import human_size
 from llm_quantize.quality.metrics import TokenScores, score_logits, score_windows, statistics
 from llm_quantize.api import quantize

@@ -12,7 +12,8 @@ from llm_quantize.models.reference import load_float
 from llm_quantize.quality.quantized_model import open_quantized
 from llm_quantize.errors import ArgumentError, LLMQuantizeError, ValidationError
 from llm_quantize.quality.layer_errors import layer_errors, output_errors
-from llm_quantize.quality.evaluate import compare, pareto_front, quality_report
+from llm_quantize.quality.evaluate import compare, quality_report
+from llm_quantize.quality.comparison import pareto_front
 from llm_quantize.api import quantize
 from llm_quantize.quality.html import check_ending, html_page, html_table, save_report
 from llm_quantize.files import write_aside

@@ -16,7 +16,7 @@ from llm_quantize.quality.quantized_model import FloatModel, GGUFModel, load_qua
 from llm_quantize.models.reference import load_float
 from llm_quantize.errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
 from llm_quantize.gguf.container import open_gguf, write_gguf
-from llm_quantize.quality.metrics import _hidden, logits_of
+from llm_quantize.quality.metrics import logits_of, scored_states
 from llm_quantize.api import quantize
 
 SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -89,7 +89,7 @@ def test_hidden_states_and_head_give_the_models_own_logits(name, tmp_path):
     "Among them the soft caps of Gemma: a head without them would be caught."
     model = load_float(random_checkpoint(tmp_path, *FAMILIES[name]))
     ids = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode(): found = logits_of(model, _hidden(model, ids))
+    with torch.inference_mode(): found = logits_of(model, scored_states(model, ids))
     assert torch.allclose(found, logits(model, ids)[:, 16:-1].flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 

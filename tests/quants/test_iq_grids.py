@@ -139,13 +139,13 @@ def test_a_finished_file_cannot_be_improved_by_one_scale(name):
     x = torch.randn(encoder.groups, encoder.elements, 32, generator=generator)
     w = torch.rand(x.shape, generator=generator) + 0.1
     fields = encoder.search(x, w)
-    low, high, distance = encoder.search.keywords["limits"]
+    low, high, distance = encoder.search.limits
     def error(scales, grid):
         step = fields["d"].unsqueeze(-2) * scales
         return (w * (x - step.unsqueeze(-2) * grid.codes(x, w, step, None)).square()).sum(-2)
     def improved(scales, grid): # the largest share of groups that one of the two neighbours would serve better
         return max((error((scales + change * distance).clamp(low, high), grid) < 0.999 * error(scales, grid)).float().mean() for change in (-1, 1))
-    moves = encoder.search.keywords["grid"]
+    moves = encoder.search.grid
     assert improved(fields["scales"], moves) < 0.02 and improved(fields["scales"], encoder.levels) < 0.04
     assert improved((fields["scales"] + distance).clamp(low, high), moves) > 0.5 # scales that are too large by one are found out
 

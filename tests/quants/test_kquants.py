@@ -53,7 +53,7 @@ def test_our_bytes_are_read_alike(name):
 @pytest.mark.parametrize("name", K_TYPES)
 def test_neighbouring_scales_are_no_better(name):
     "Of the integers next to the ones written, none gives its group a smaller error."
-    encoder, limits = ENCODERS[name], kquants._SEARCHES[name].keywords["limits"]
+    encoder, limits = ENCODERS[name], kquants._SEARCHES[name].limits
     x = torch.randn(encoder.groups, encoder.elements, 50, generator=torch.Generator().manual_seed(2))
     w = torch.ones_like(x)
     fields = encoder.search(x, w)
@@ -122,8 +122,8 @@ def test_symmetric_scale_is_near_the_best_of_a_grid():
     x, w, levels = torch.randn(16, 200, generator=seed), torch.randn(16, 200, generator=seed).exp(), Levels(-4, 3)
     grid = torch.cat([torch.linspace(0.05, 1.5, 600), -torch.linspace(0.05, 1.5, 600)]).unsqueeze(-1).expand(-1, 200).contiguous()
     best = fit_errors(x, w, grid, inverse(grid), None, levels).amin(-2)
-    keys = kquants._SEARCHES["Q3_K"].keywords
-    s = symmetric_scale(x, w, levels, keys["ends"], keys["heavy"])[0].unsqueeze(-2)
+    search = kquants._SEARCHES["Q3_K"]
+    s = symmetric_scale(x, w, levels, search.ends, search.heavy)[0].unsqueeze(-2)
     found = fit_errors(x, w, s, inverse(s), None, levels).squeeze(-2)
     assert found.sum() < 1.03 * best.sum()
 
@@ -134,7 +134,7 @@ def test_affine_scale_is_near_the_best_of_a_grid():
     pairs = torch.cartesian_prod(torch.linspace(0.3, 1.8, 60), torch.linspace(0, 3.5, 60))
     step, offset = (pairs[:, i:i + 1].expand(-1, 100).contiguous() for i in (0, 1))
     best = fit_errors(x, w, step, inverse(step), offset, levels).amin(-2)
-    s, m, _, _ = affine_scale(x, w, levels, kquants._SEARCHES["Q2_K"].keywords["starts"])
+    s, m, _, _ = affine_scale(x, w, levels, kquants._SEARCHES["Q2_K"].starts)
     found = fit_errors(x, w, s.unsqueeze(-2), inverse(s).unsqueeze(-2), m.unsqueeze(-2), levels).squeeze(-2)
     assert found.sum() < 1.03 * best.sum() and (m >= 0).all()
 
