@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConversionError
-from .bitnet import BitNetCheckpoint, plain_weights
+from .bitnet import is_bitnet, plain_weights
 from .checkpoint import Checkpoint, open_checkpoint
 from .views import View
 
@@ -22,7 +22,7 @@ def _settings(checkpoint: Checkpoint, changes: dict): # transformers configurati
     "The config of a checkpoint for weights that are floats, with changes to its text part."
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-    if isinstance(checkpoint, BitNetCheckpoint) and hasattr(config, "quantization_config"):
+    if is_bitnet(checkpoint) and hasattr(config, "quantization_config"):
         del config.quantization_config  # nor are the inputs of matrices rounded
     for key, value in changes.items(): setattr(config.get_text_config(), key, value)
     return config

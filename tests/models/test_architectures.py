@@ -13,12 +13,12 @@ from gguf.constants import Keys
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llm_quantize.models import architectures
 from llm_quantize.models.architectures import ARCHITECTURES, architecture
 from llm_quantize.models.transforms import hf_tensors, permute, unpermute
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ConversionError
 from llm_quantize.gguf.container import open_gguf, write_gguf
+from llm_quantize.models.family import family_settings
 from llm_quantize.models.rope import rope_factors, rope_settings
 from llm_quantize.models.tokenizers import tokenizer_metadata
 from llm_quantize.quality.llama_cpp_model import open_llama
@@ -248,7 +248,7 @@ def test_config_of_transformers_4(made):
             if "sliding_attention" in rope: old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
             row = architecture(new)
             assert row.metadata(old, "x") == row.metadata(new, "x"), (name, key)
-            c_old, c_new = architectures._settings(row, old), architectures._settings(row, new)
+            c_old, c_new = family_settings(row, old), family_settings(row, new)
             assert rope_factors(rope_settings(c_old), c_old["head_dim"]) == rope_factors(rope_settings(c_new), c_new["head_dim"])
 
 
@@ -283,7 +283,7 @@ def test_activation_that_llama_cpp_lacks(tmp_path, monkeypatch):
     model, checkpoint = random_model("relu2", tmp_path / "relu2"), open_checkpoint(tmp_path / "relu2")
     row = architecture(checkpoint.config)
     with pytest.raises(ConversionError, match="relu2"): row.metadata(checkpoint.config, "x")
-    kld, _ = divergence(model, write(checkpoint, tmp_path / "tiny.gguf", row=replace(row, assumes=()), keys={"bitnet.hidden_activation": "relu2"}), 64)
+    kld, _ = divergence(model, write(checkpoint, tmp_path / "tiny.gguf", row=replace(row, requires=()), keys={"bitnet.hidden_activation": "relu2"}), 64)
     assert kld > 1e-2
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_quantize.models.job import Job
 from llm_quantize.models.architectures import architecture
-from llm_quantize.models.bitnet import BitNetCheckpoint, plain_weights, round_masters, unpack_trits
+from llm_quantize.models.bitnet import is_bitnet, plain_weights, round_masters, unpack_trits
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ConversionError
 from llm_quantize.gguf.container import open_gguf
@@ -173,7 +173,7 @@ def test_what_the_rounding_of_inputs_changes(masters, tmp_path, monkeypatch):
 def test_ternary_files_lose_nothing(masters, tmp_path, form, level):
     folder = variant(masters, tmp_path / "bitnet", *FORMS[form])
     job = plan_gguf(Job(folder), level)
-    assert isinstance(job.checkpoint, BitNetCheckpoint)
+    assert is_bitnet(job.checkpoint)
     file = open_gguf(quantize(folder, "gguf", level, output_dir=tmp_path, device="cpu").output_path)
     kinds = [t.type for t in job.plan if t.name.startswith("blk.") and t.type != "F32"]
     assert kinds == ["TQ1_0" if level == "TQ1_0" else "TQ2_0"] * 14
