@@ -1,4 +1,4 @@
-"The front door: light to import, the same options as the command line, helpful about mistakes, and results that show themselves."
+"The front door: light, the same options as the command line, helpful about mistakes, results that show themselves."
 import inspect
 import os
 import subprocess
@@ -183,7 +183,8 @@ def test_the_docstring_says_it_all(verb):
     for part in ("Args:", "Returns:", "Raises:", "Example:"): assert f"\n{part}\n" in text, part
     assert text.index("Args:") < text.index("Returns:") < text.index("Raises:") < text.index("Example:")
     for name in inspect.signature(function).parameters: assert name in text or name == "threads", name
-    assert ">>> lq." in text.split("Example:")[1]
+    example = text.split("Example:")[1]
+    assert ">>> " in example and f"lq.{verb}(" in example
 
 
 def test_results_show_themselves(tmp_path):
@@ -193,7 +194,8 @@ def test_results_show_themselves(tmp_path):
     analysis = lq.analyze(sample_path(), output=tmp_path / "x.imatrix", **once)
     results = {"quantize": made, "plan": lq.plan(sample_path()), "analyze": analysis, "info": lq.info(sample_path()),
                "quality_report": lq.quality_report(sample_path(), made.output_path, **once),
-               "compare": lq.compare(sample_path(), [made.output_path], **once), "validate": lq.validate(made.output_path),
+               "compare": lq.compare(sample_path(), [made.output_path], **once),
+               "validate": lq.validate(made.output_path, sample_path()),
                "profile": lq.Profile.load("balanced"), "imatrix": lq.ImportanceMatrix.load(analysis.output_path)}
     def shown(result): return [form for form in ("html", "markdown") if getattr(result, f"_repr_{form}_", str)()]
     assert [name for name, result in results.items() if not shown(result)] == []

@@ -9,6 +9,7 @@ __all__ = ['Validation', 'validate']
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..display import markdown_table
 from ..errors import ArgumentError, ValidationError
 from ..gguf.container import open_gguf
 from ..gguf.verify import check_tensors
@@ -31,6 +32,14 @@ class Validation:
     def to_dict(self) -> dict:
         "The JSON object of `validate`."
         return {"status": "success", **asdict(self)}
+
+    def _repr_markdown_(self) -> str:
+        loads = {None: "not asked", True: "yes", False: "no"}[self.loads]
+        rows = [["file", Path(self.path).name], ["tensors", self.tensors], ["in llama.cpp", loads]]
+        if self.largest_error is not None:
+            worst = self.largest_error
+            rows.append(["largest error", f"{worst['relative_error']:.2e} in {worst['name']} as {worst['type']}"])
+        return markdown_table([[self.validation_status, ""], *rows], words=2)
 
 # %% ../../nbs/quality/12_validation.ipynb #validation-check-pair
 def _check_pair(pair: WeightPair, model: str) -> float: # relative error
