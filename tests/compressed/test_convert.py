@@ -304,7 +304,7 @@ def test_workflow_three_on_the_command_line(sample_model, capsys, tmp_path, monk
 
 
 def test_result_of_python_is_that_of_the_verb(sample_model, tmp_path):
-    result = quantize(sample_model, "smoothquant", alpha="auto", output_dir=tmp_path, calibration_samples=2)
+    result = quantize(sample_model, "smoothquant", smoothquant=True, alpha="auto", output_dir=tmp_path, calibration_samples=2)
     assert result.to_dict()["format"] == "smoothquant"
     assert "| pair |" in result._repr_markdown_()
     assert result.peak_memory_bytes > 0
