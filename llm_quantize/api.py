@@ -66,7 +66,8 @@ def _verb(function: Callable) -> Callable:
         with _using_threads(threads): return function(*args, **options)
 
     last = [threads] if "device" in signature.parameters else [] # a verb that computes
-    door.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *last])
+    doors = [*signature.parameters.values(), *last]
+    door.__signature__ = signature.replace(parameters=doors)  # type: ignore[attr-defined]
     return door
 
 # %% ../nbs/api.ipynb #api-format-and-level
@@ -263,8 +264,8 @@ def quantize(
     request = _request(level, given) if format == "gguf" else None
     checks = prepare(quality_report, coherence_check, prompts)
     job = Job(model, device=device, pre=pre, progress=progress)
-    if dry_run: return _plan_only(job, request)
-    result = _smoothquant(job, given) if request is None else quantize_gguf(job, request)
+    if dry_run and request: return _plan_only(job, request)
+    result = quantize_gguf(job, request) if request else _smoothquant(job, given)
     return result if checks is None else _judged(job, result, checks, given)
 
 # %% ../nbs/api.ipynb #api-plan

@@ -141,7 +141,8 @@ class Store:
         name: str = "feedback",     # of the run's own folder in there
         hold: bool = True,          # parts stay in memory as well
     ):
-        self.folder, self.hold, self.kept = None if folder is None else Path(folder) / name, hold, {}
+        self.folder, self.hold = None if folder is None else Path(folder) / name, hold
+        self.kept: dict[str, dict] = {} # part -> its tensors
         if self.folder is None: return
         if resume and (self.folder / "run.json").exists(): return _open_folder(self.folder, about)
         if resume: _log.warning("no checkpoint in %s yet: starting from the beginning", folder)
