@@ -55,9 +55,9 @@ def execute(nb, folder, timeout, slow=False):
             if cell["id"] in kept: cell.source, cell.outputs = kept[cell["id"]]
 
 
-def finish(nb, path, run, timeout):
+def finish(nb, path, run, timeout, slow=False):
     start = time.time()
-    if run: execute(nb, path.parent, timeout)
+    if run: execute(nb, path.parent, timeout, slow)
     nb.metadata = nbformat.from_dict(KERNEL)
     clean_nb(nb)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,7 @@ def main():
     parser.add_argument("verb", choices=["write", "text", "run"])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--no-run", action="store_true", help="write without executing")
+    parser.add_argument("--slow", action="store_true", help="run the cells marked `#| slow` as well")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one cell")
     args = parser.parse_args()
     if args.verb == "write":
@@ -78,14 +79,14 @@ def main():
         nb = jupytext.read(text, fmt="py:percent")
         nb = nbformat.from_dict({**nb, "nbformat": 4, "nbformat_minor": 5})
         name_cells(nb, path)
-        finish(nb, path, not args.no_run, args.timeout)
+        finish(nb, path, not args.no_run, args.timeout, args.slow)
     elif args.verb == "text":
         text = jupytext.writes(nbformat.read(args.files[0], 4), fmt="py:percent")
         if len(args.files) > 1: args.files[1].write_text(text, encoding="utf-8")
         else: print(text)
     else:
         for path in args.files:
-            finish(nbformat.read(path, 4), path, not args.no_run, args.timeout)
+            finish(nbformat.read(path, 4), path, not args.no_run, args.timeout, args.slow)
 
 
 if __name__ == "__main__":
