@@ -49,9 +49,8 @@ def _target(output: str | Path | None, name: str) -> Path: # the file to write
     path = Path(f"{name}.imatrix") if output is None else Path(output).expanduser()
     if path.is_dir(): path = path / f"{name}.imatrix"
     if not path.parent.is_dir():
-        raise ArgumentError(
-            f"there is no directory {path.parent} to write {path.name} to", "make it first, or choose another output"
-        )
+        what = f"there is no directory {path.parent} to write {path.name} to"
+        raise ArgumentError(what, "make it first, or choose another output")
     if not os.access(path.parent, os.W_OK):
         raise ArgumentError(f"the directory {path.parent} cannot be written to", "choose another output")
     return path
@@ -59,17 +58,12 @@ def _target(output: str | Path | None, name: str) -> Path: # the file to write
 # %% ../../nbs/calibration/12_analysis.ipynb #analysis-checkpoint-folder
 def _checkpoint_folder(folder: str | Path | None, resume: str | Path | None) -> Path:
     "Where the state is kept; raises `CheckpointError` for a directory to resume from that is not there."
-    if resume is None:
-        return Path(
-            folder if folder is not None else os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint"
-        ).expanduser()
+    usual = os.environ.get("LLM_QUANTIZE_CHECKPOINT_DIR") or ".checkpoint"
+    if resume is None: return Path(usual if folder is None else folder).expanduser()
     path = Path(resume).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(
-            f"no checkpoint directory {path} to resume from",
-            "check the path, or run without --resume to start from the beginning",
-        )
-    return path
+    if path.is_dir(): return path
+    hint = "check the path, or run without --resume to start from the beginning"
+    raise CheckpointError(f"no checkpoint directory {path} to resume from", hint)
 
 # %% ../../nbs/calibration/12_analysis.ipynb #analysis-speed
 def _speed(progress: Callable | None) -> Callable: # (tokens done, tokens in all)
@@ -90,9 +84,8 @@ def _collect(stack: LayerStack, ids: torch.Tensor, **options) -> ImportanceMatri
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
             raise OutOfMemoryError(f"not enough memory: {said}", "use fewer things at once, or --device cpu") from error
-        raise ImportanceError(
-            f"running the model failed: {said}", "run again with --verbosity debug and report the traceback"
-        ) from error
+        hint = "run again with --verbosity debug and report the traceback"
+        raise ImportanceError(f"running the model failed: {said}", hint) from error
 
 # %% ../../nbs/calibration/12_analysis.ipynb #analysis-analysis-2
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,6 +140,7 @@ def _check(method: str, samples: int, coverage: float) -> None:
         hint = "give the share of weights to protect, between 0 and 1; 0.0001 is usual"
         raise ArgumentError(f"--coverage is {coverage}", hint)
 
+# %% ../../nbs/calibration/12_analysis.ipynb #analysis-measure-importance
 def measure_importance(
     job: Job,
     *,
@@ -204,15 +198,12 @@ def _cached(path: Path, about: dict) -> ImportanceMatrix | None:
     "The matrix of that file, if it is there, whole, and of this model and text."
     if not path.exists(): return None
     try:
-        found = ImportanceMatrix.load(path)
-        if all(found.notes.get(f"llm_quantize.{key}") == about[key] for key in ("model", "text")): return found
+        matrix = ImportanceMatrix.load(path)
+        if all(matrix.notes.get(f"llm_quantize.{key}") == about[key] for key in ("model", "text")): return matrix
         _log.warning("%s is of another model or text: computing the importance matrix again", path)
     except (ImatrixError, OSError) as error:
-        _log.warning(
-            "the cached importance matrix %s cannot be used (%s): computing it again",
-            path,
-            getattr(error, "message", error),
-        )
+        why = getattr(error, "message", error)
+        _log.warning("the cached importance matrix %s cannot be used (%s): computing it again", path, why)
     return None
 
 # %% ../../nbs/calibration/12_analysis.ipynb #analysis-alone

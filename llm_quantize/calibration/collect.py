@@ -54,14 +54,13 @@ class GradientSums(_Sums):
         self.counts[name][expert] += len(x)
 
 # %% ../../nbs/calibration/05_collect.ipynb #collect-loss-labels
-def loss_labels(
-    method: str, seed: int
-) -> Callable:  # (first window, (places, vocabulary) log-probabilities, (places,) next tokens) -> (places,)
+def loss_labels(method: str, # one of METHODS
+                seed: int    # of what is drawn
+               ) -> Callable: # (first window, (places, vocabulary) log-probabilities, (places,) tokens) -> (places,)
     "Whose next tokens the loss is about: the text's, or the model's own."
     def drawn(window: int, scores: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        chance = torch.rand(len(scores), 1, generator=torch.Generator().manual_seed(seed * 1_000_003 + window)).to(
-            scores.device
-        )
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + window)
+        chance = torch.rand(len(scores), 1, generator=generator).to(scores.device)
         heights = scores.exp().cumsum(-1)
         return torch.searchsorted(heights, chance * heights[:, -1:]).squeeze(1).clamp(max=scores.shape[1] - 1)
     return drawn if method == "fisher" else lambda window, scores, following: following
@@ -85,7 +84,7 @@ def with_prior(sums: torch.Tensor,   # (experts, columns) float64
 
 # %% ../../nbs/calibration/05_collect.ipynb #collect-saved-way
 def saved_way(folder: str | Path) -> bool | None: # keep all layers?
-    "Whether the run saved there kept all layers in memory; None where nothing was saved. A resumed run must do the same."
+    "Whether the run saved there kept all layers in memory, as a resumed run must too; None where nothing was saved."
     about = saved_run(folder)
     return None if about is None else about.get("way") == "by window"
 
@@ -101,7 +100,9 @@ def _start(state: RunState, sums: _Sums, resume: bool) -> Place:
         sums.counts[name].copy_(tensors[f"counts {name}"])
     return place
 
-def _waiting(stack: LayerStack, ids: torch.Tensor, batch: int, state: RunState | None, place: Place) -> HiddenStates | None:
+def _waiting(
+    stack: LayerStack, ids: torch.Tensor, batch: int, state: RunState | None, place: Place
+) -> HiddenStates | None:
     "Where hidden states wait: beside the checkpoint where there is one."
     if stack.keep or state is None or state.broken: return None
     waiting = WaitingOnDisk(state.folder, ids, stack.config.hidden_size, batch, state.give_up)
@@ -123,7 +124,7 @@ def collect(
     interval: float = 30.0,  # seconds between two savings
     progress: Callable[[int, int], None] | None = None,  # (tokens done, tokens in all)
 ) -> ImportanceMatrix:
-    "Importance of every input channel of every linear layer; raises `ImportanceError` where the model computes no numbers."
+    "Importance of every input channel of every linear layer; raises `ImportanceError` where inputs are no numbers."
     if method not in METHODS: raise ArgumentError(f"unknown method '{method}'", f"use one of: {', '.join(METHODS)}")
     device = torch.device(stack.device).type
     batch = 1 if method != "activation" else batch or (8 if device == "cuda" else 1)
@@ -150,50 +151,45 @@ def _stepper(stack, ids, sums, state, waiting, progress) -> Callable[[Place], No
         try:
             if isinstance(waiting, WaitingOnDisk): waiting.sync()
         except OSError as error: return state.give_up(error)
-        state.save(
-            place,
-            {
-                **{f"sums {name}": s for name, s in sums.sums.items()},
-                **{f"counts {name}": c for name, c in sums.counts.items()},
-            },
-        )
+        tensors = {f"sums {name}": s for name, s in sums.sums.items()}
+        state.save(place, {**tensors, **{f"counts {name}": c for name, c in sums.counts.items()}})
     return step
 
-def _matrix(stack, sums, ids, method, datasets, about) -> ImportanceMatrix:
-    "The sums under the name of every weight, with priors, checked, and scaled where their unit is arbitrary."
-    notes = {
-        "llm_quantize.method": method,
-        "llm_quantize.model": about["model"],
-        "llm_quantize.text": about["text"],
-        "llm_quantize.products": about["products"],
-    }
+# %% ../../nbs/calibration/05_collect.ipynb #collect-by-weight
+def _by_weight(stack: LayerStack, sums: _Sums) -> tuple: # {name: sums}, {name: counts}, lines about rare experts
+    "The sums of every weight, with priors; raises `ImportanceError` where they are no numbers."
     out_sums, out_counts, rare = {}, {}, []
     for read in stack.inputs:
         for name in read.names:
             key = name if name in sums.sums else read.names[0]
-            found = sums.sums[key].cpu()
-            if not bool(torch.isfinite(found).all()):
-                raise ImportanceError(
-                    f"{name}: its inputs are not numbers (NaN or infinite)",
-                    "a weight of the model is damaged: download it again",
-                )
-            out_sums[name], out_counts[name], few = with_prior(
-                found, sums.counts[key].cpu(), shared="ffn_down" not in name
-            )
-            rare += [f"{name} expert {expert}: {int(sums.counts[key][expert])} tokens" for expert in few]
+            own, counts = sums.sums[key].cpu(), sums.counts[key].cpu()
+            if not bool(torch.isfinite(own).all()):
+                what = f"{name}: its inputs are not numbers (NaN or infinite)"
+                raise ImportanceError(what, "a weight of the model is damaged: download it again")
+            out_sums[name], out_counts[name], few = with_prior(own, counts, shared="ffn_down" not in name)
+            rare += [f"{name} expert {expert}: {int(counts[expert])} tokens" for expert in few]
+    return out_sums, out_counts, rare
+
+def _scale(sums: dict, counts: dict) -> float: # a power of two
+    "What brings the mean over all columns near one; raises `ImportanceError` where all sums are zero."
+    total = sum(s.sum().item() for s in sums.values())
+    terms = sum((s.shape[1] * counts[name].sum()).item() for name, s in sums.items())
+    mean = total / max(1.0, terms)
+    if not mean > 0: raise ImportanceError("all gradients are zero", "give a longer text")
+    return 2.0 ** -round(float(np.log2(mean)))
+
+# %% ../../nbs/calibration/05_collect.ipynb #collect-matrix
+def _matrix(stack: LayerStack, sums: _Sums, ids: torch.Tensor, method: str, datasets: tuple, about: dict
+           ) -> ImportanceMatrix:
+    "The sums as an importance matrix, scaled where their unit is arbitrary; a warning names rare experts."
+    notes = {"llm_quantize.method": method}
+    for key in ("model", "text", "products"): notes[f"llm_quantize.{key}"] = about[key]
+    by_name, counts, rare = _by_weight(stack, sums)
     if method != "activation":
-        mean = sum(s.sum().item() for s in out_sums.values()) / max(
-            1.0, sum((s.shape[1] * c.sum()).item() for s, c in zip(out_sums.values(), out_counts.values()))
-        )
-        if not mean > 0: raise ImportanceError("all gradients are zero", "give a longer text")
-        scale = 2.0 ** -round(float(np.log2(mean)))
-        out_sums, notes["llm_quantize.scale"] = {name: s * scale for name, s in out_sums.items()}, scale
+        scale = notes["llm_quantize.scale"] = _scale(by_name, counts)
+        by_name = {name: s * scale for name, s in by_name.items()}
     if rare:
         notes["llm_quantize.rare_experts"] = rare
-        _log.warning(
-            "%d entries of experts saw fewer than %d tokens and lean on a neutral prior; more text helps (first: %s)",
-            len(rare),
-            RARE,
-            rare[0],
-        )
-    return ImportanceMatrix(out_sums, out_counts, tuple(datasets), len(ids), ids.shape[1], notes)
+        said = "%d entries of experts saw fewer than %d tokens and lean on a neutral prior; more text helps (first: %s)"
+        _log.warning(said, len(rare), RARE, rare[0])
+    return ImportanceMatrix(by_name, counts, tuple(datasets), len(ids), ids.shape[1], notes)

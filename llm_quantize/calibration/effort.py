@@ -45,4 +45,5 @@ def find_effort(name: str | Effort) -> Effort:
     known = EFFORTS.get(str(name).lower())
     if known is not None: return known
     close = closest(str(name), EFFORTS)
-    raise ArgumentError(f"unknown effort '{name}'", f"did you mean {close}?" if close else f"use one of: {', '.join(EFFORTS)}")
+    hint = f"did you mean {close}?" if close else f"use one of: {', '.join(EFFORTS)}"
+    raise ArgumentError(f"unknown effort '{name}'", hint)

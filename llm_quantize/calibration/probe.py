@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Probe', 'texts', 'probe_of']
 
-# %% ../../nbs/calibration/10_probe.ipynb #probe-imports
+# %% ../../nbs/calibration/10_probe.ipynb #probe-from-collections-abc-import
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +23,12 @@ def _halves(stack: LayerStack, spec: GGUFTensor) -> list[GGUFTensor]:
     "The GGUF tensors that come from the same tensors of the checkpoint."
     if spec.transform != "half": return [spec]
     return [t for t in stack.tensors if t.sources == spec.sources and t.transform == "half"]
+
+def _in_checkpoint(stack: LayerStack, weights: dict) -> dict: # name in the checkpoint -> weights
+    "The tensors of the checkpoint that are other ones when these GGUF tensors have these weights."
+    specs = [part for spec in stack.tensors if spec.name in weights for part in _halves(stack, spec)]
+    def weights_of(spec): return weights[spec.name] if spec.name in weights else spec.load(stack.checkpoint).float()
+    return dict(hf_tensors(list(dict.fromkeys(specs)), weights_of))
 
 # %% ../../nbs/calibration/10_probe.ipynb #probe-probe-2
 class Probe:
@@ -49,17 +55,10 @@ class Probe:
         "Predictions for the second half of each window."
         return [head(part[len(part) // 2:-1].to(self.stack.device)).float().log_softmax(-1) for part in hidden]
 
-    def _in_checkpoint(self, weights: dict) -> dict: # name in the checkpoint -> weights
-        "The tensors of the checkpoint that are other ones when these GGUF tensors have these weights."
-        specs = [part for name in weights for part in _halves(self.stack, self.specs[name])]
-        def weights_of(spec):
-            return weights[spec.name] if spec.name in weights else spec.load(self.stack.checkpoint).float()
-        return dict(hf_tensors(list(dict.fromkeys(specs)), weights_of))
-
     @torch.inference_mode()
     def per_token(self, weights: dict) -> torch.Tensor: # GGUF name -> weights; gives (scored tokens,) nats
         "KL divergence of each scored token when these tensors have these weights."
-        replaced, layers = self._in_checkpoint(weights), {self.specs[name].layer for name in weights} - {None}
+        layers, replaced = {self.specs[name].layer for name in weights} - {None}, _in_checkpoint(self.stack, weights)
         embedding = "token_embd.weight" in weights
         output = "output.weight" in weights or (self.tied and embedding)
         first = 0 if embedding else min(layers, default=len(self.stack))
@@ -75,12 +74,11 @@ class Probe:
 
 # %% ../../nbs/calibration/10_probe.ipynb #probe-texts
 def texts(job: Job, effort: Effort, data: str | Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    "Two parts of the calibration text without a common window: its beginning (for the curvature), its end (for choices)."
+    "Two parts of the calibration text that share no window: its beginning for the curvature, its end for choices."
     ids = text_of(job, data).windows()
     if len(ids) < 2:
-        raise CalibrationError(
-            "the calibration text has one window of 512 tokens; choosing types needs two", "give a longer text"
-        )
+        what = "the calibration text has one window of 512 tokens; choosing types needs two"
+        raise CalibrationError(what, "give a longer text")
     last = min(effort.selection, len(ids) // 2)
     return ids[:min(effort.curvature, len(ids) - last)], ids[len(ids) - last:]
 

@@ -10,8 +10,6 @@ __all__ = ['CANDIDATES', 'ANCHORS', 'spearman', 'candidate_types', 'decoded_as',
 import hashlib
 import json
 import logging
-import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +20,9 @@ from .effort import Effort, find_effort
 from .hessian import Curvature, loss_curvature
 from .imatrix import ImportanceMatrix, importance_of
 from .probe import Probe, probe_of, texts
+from ..display import heat_map, markdown_table
 from ..errors import ArgumentError, ProfileError
+from ..files import aside
 from ..models.checkpoint import Checkpoint
 from ..models.fingerprint import fingerprint
 from ..models.job import Job
@@ -63,9 +63,8 @@ def decoded_as(
 def _rows_of(spec: GGUFTensor, count: int) -> tuple: # (rows in GGUF order, the same rows in the checkpoint's order)
     rows = torch.linspace(0, spec.shape[-2] - 1, min(count, spec.shape[-2])).long()
     if spec.transform != "permute": return rows, rows
-    order = (
-        torch.arange(spec.shape[-2]).view(spec.number, 2, -1).transpose(1, 2).flatten()
-    )  # as architectures.permute rearranges rows
+    # as `permute` in models.transforms rearranges rows
+    order = torch.arange(spec.shape[-2]).view(spec.number, 2, -1).transpose(1, 2).flatten()
     return rows, order[rows]
 
 # %% ../../nbs/calibration/11_sensitivity.ipynb #sensitivity-predicted-2
@@ -76,19 +75,15 @@ def _predicted(
     weights, (rows, places) = spec.load(checkpoint).float(), _rows_of(spec, count)
     experts = weights if weights.ndim == 3 else weights[None]
     some = range(0, len(experts), max(1, len(experts) // 8)) # of many experts, some stand for all
-    costs = {}
-    for type in candidate_types(spec.shape[-1]):
-        total = 0.0
-        for expert in some:
-            own = experts[expert][rows]
-            error = own - decode(encode(own, type, importance_of(imatrix, spec, expert), compiled=False), type)
-            total += (
-                curved.cost(error, places, expert)
-                if curved is not None
-                else (error.square().sum() / own.square().sum().clamp(min=1e-30)).item()
-            )
-        costs[type] = total * len(experts) / len(some)
-    return costs
+
+    def cost(expert: int, type: str) -> float:
+        own = experts[expert][rows]
+        error = own - decode(encode(own, type, importance_of(imatrix, spec, expert), compiled=False), type)
+        if curved is not None: return curved.cost(error, places, expert)
+        return (error.square().sum() / own.square().sum().clamp(min=1e-30)).item()
+
+    types = candidate_types(spec.shape[-1])
+    return {type: sum(cost(expert, type) for expert in some) * len(experts) / len(some) for type in types}
 
 # %% ../../nbs/calibration/11_sensitivity.ipynb #sensitivity-corrected
 def corrected(predicted: dict, # type -> cost
@@ -126,6 +121,35 @@ class TensorCosts:
         "The name without its block: ffn_down."
         return self.name.split(".")[-2]
 
+    @property
+    def block(self) -> int | None: # None: outside of the blocks
+        "The number of its block."
+        return int(self.name.split(".")[1]) if self.name.startswith("blk.") else None
+
+    def to_dict(self) -> dict:
+        "The costs as data."
+        return {"name": self.name, "shape": list(self.shape), "predicted": self.predicted, "measured": self.measured}
+
+# %% ../../nbs/calibration/11_sensitivity.ipynb #sensitivity-read-table
+def _read_table(data: dict) -> dict: # fields of Sensitivity
+    "A table as it was written; raises what Python raises where something is missing or of another kind."
+    if data["version"] != 1: raise ValueError(f"version {data['version']}")
+    def costs(table): return {str(type): float(cost) for type, cost in table.items() if qtype(type)}
+    def tensor(t):
+        return TensorCosts(str(t["name"]), tuple(map(int, t["shape"])), costs(t["predicted"]), costs(t["measured"]))
+    return {"model": str(data["model"]), "about": dict(data["about"]), "whole": dict(data["whole"]),
+            "tensors": tuple(map(tensor, data["tensors"]))}
+
+def _by_kind(tensors: tuple) -> str: # of TensorCosts
+    "A Markdown table of what some types cost all tensors of a kind."
+    shown = ("IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ4_XS", "Q6_K")
+    rows = [["kind", "tensors", *shown]]
+    for kind in dict.fromkeys(t.kind for t in tensors):
+        own = [t for t in tensors if t.kind == kind]
+        sums = [sum(t.costs.get(type, float("nan")) for t in own) for type in shown]
+        rows.append([kind, len(own), *(f"{s:.2g}" for s in sums)])
+    return markdown_table(rows)
+
 # %% ../../nbs/calibration/11_sensitivity.ipynb #sensitivity-sensitivity-2
 @dataclass(frozen=True)
 class Sensitivity:
@@ -136,97 +160,51 @@ class Sensitivity:
     whole: dict = field(default_factory=dict) # measured KLD of whole models, type -> nats
 
     def __getitem__(self, name: str) -> TensorCosts:
-        found = next((t for t in self.tensors if t.name == name), None)
-        if found is None:
-            raise ArgumentError(
-                f"the costs of {self.model} have no tensor '{name}'",
-                "names are those of the GGUF, as blk.0.attn_q.weight",
-            )
-        return found
+        own = next((t for t in self.tensors if t.name == name), None)
+        if own is not None: return own
+        raise ArgumentError(f"the costs of {self.model} have no tensor '{name}'", "names are as blk.0.attn_q.weight")
 
     @property
     def measured(self) -> list:
         "(tensor, type, predicted, measured) of what was measured in the blocks."
-        return [
-            (t.name, type, t.predicted[type], cost)
-            for t in self.tensors
-            if t.name.startswith("blk.")
-            for type, cost in t.measured.items()
-        ]
+        inside = [t for t in self.tensors if t.block is not None]
+        return [(t.name, type, t.predicted[type], cost) for t in inside for type, cost in t.measured.items()]
 
-    def correlation(self) -> float | None:  # None: no two measured at the same type
-        "Rank correlation of predicted and measured costs of single tensors, the mean over the types at which two or more were measured."
-        types = Counter(type for _, type, _, _ in self.measured)
-        found = [
-            spearman([p for _, t, p, _ in self.measured if t == type], [m for _, t, _, m in self.measured if t == type])
-            for type, count in types.items()
-            if count > 1
-        ]
-        return sum(found) / len(found) if found else None
+    def correlation(self) -> float | None: # None: no type was measured twice
+        "Rank correlation of predicted and measured costs of tensors, the mean over types measured twice or more."
+        pairs = {}  # type -> (predicted, measured)
+        for _, type, predicted, measured in self.measured: pairs.setdefault(type, []).append((predicted, measured))
+        each = [spearman(*zip(*some)) for some in pairs.values() if len(some) > 1]
+        return sum(each) / len(each) if each else None
 
     def to_dict(self) -> dict:
         "The table as data."
-        return {
-            "version": 1,
-            "model": self.model,
-            "about": self.about,
-            "whole": self.whole,
-            "tensors": [
-                {"name": t.name, "shape": list(t.shape), "predicted": t.predicted, "measured": t.measured}
-                for t in self.tensors
-            ],
-        }
+        return {"version": 1, "model": self.model, "about": self.about, "whole": self.whole,
+                "tensors": [t.to_dict() for t in self.tensors]}
 
     def save(self, path: str | Path) -> Path:
-        "Write the table as JSON, aside first."
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        os.replace(part, path)
-        return path
+        "Write the table as JSON, aside first; raises `OSError` where that cannot be."
+        with aside(path) as part: part.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Sensitivity":
         "Read a table; raises `ProfileError` if it is missing or damaged."
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if found["version"] != 1: raise ValueError(f"version {found['version']}")
-            costs = lambda table: {str(type): float(cost) for type, cost in table.items() if qtype(type)}
-            tensors = tuple(
-                TensorCosts(str(t["name"]), tuple(map(int, t["shape"])), costs(t["predicted"]), costs(t["measured"]))
-                for t in found["tensors"]
-            )
-            return cls(str(found["model"]), dict(found["about"]), tensors, dict(found["whole"]))
+        try: return cls(**_read_table(json.loads(Path(path).read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArgumentError) as error:
-            raise ProfileError(
-                f"the sensitivity file {path} cannot be used: {error}", "remove it: it is then measured again"
-            ) from None
+            what = f"the sensitivity file {path} cannot be used: {error}"
+            raise ProfileError(what, "remove it: it is then measured again") from None
 
-    def _repr_markdown_(self) -> str:
-        shown = ("IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ4_XS", "Q6_K")
-        kinds = list(dict.fromkeys(t.kind for t in self.tensors))
-        lines = [f"| kind | tensors | {' | '.join(shown)} |", "|:--|--:|" + "--:|" * len(shown)]
-        for kind in kinds:
-            own = [t for t in self.tensors if t.kind == kind]
-            sums = [sum(t.costs.get(type, float("nan")) for t in own) for type in shown]
-            lines.append(f"| {kind} | {len(own)} | {' | '.join(f'{s:.2g}' for s in sums)} |")
-        return "\n".join(lines)
+    def _repr_markdown_(self) -> str: return _by_kind(self.tensors)
 
 # %% ../../nbs/calibration/11_sensitivity.ipynb #sensitivity-anchors
-ANCHORS = {
-    "block": ("IQ3_XXS", "IQ2_XXS"),
-    "ends": ("Q2_K", "IQ4_XS", "Q6_K"),
-}  # types that are measured, the first ones first
+ANCHORS = {"block": ("IQ3_XXS", "IQ2_XXS"), "ends": ("Q2_K", "IQ4_XS", "Q6_K")} # types, the first ones first
 
-
-def _anchors(tensor: TensorCosts, effort: Effort) -> tuple: # types to measure
+def _anchors(tensor: TensorCosts, effort: Effort) -> tuple: # types
     "At which types a tensor is measured."
-    if tensor.name.startswith("blk."):
-        return (
-            tuple(t for t in ANCHORS["block"] if t in tensor.predicted)[: effort.anchors]
-            or tuple(tensor.predicted)[: effort.anchors]
-        )
-    return tuple(t for t in ANCHORS["ends"] if t in tensor.predicted) or tuple(tensor.predicted)[:3]
+    place, count = ("ends", 3) if tensor.block is None else ("block", effort.anchors)
+    usual = tuple(type for type in ANCHORS[place] if type in tensor.predicted)
+    return (usual or tuple(tensor.predicted))[:count]
 
 # %% ../../nbs/calibration/11_sensitivity.ipynb #sensitivity-imatrix-hash
 _log = logging.getLogger("llm_quantize")
@@ -234,24 +212,26 @@ _log = logging.getLogger("llm_quantize")
 def imatrix_hash(imatrix: ImportanceMatrix | None) -> str: # of its contents
     "A fingerprint of an importance matrix."
     if imatrix is None: return "none"
-    found = hashlib.sha256()
-    for name in imatrix.names: found.update(name.encode() + imatrix.sums[name].float().numpy().tobytes())
-    return found.hexdigest()[:16]
+    contents = hashlib.sha256()
+    for name in imatrix.names: contents.update(name.encode() + imatrix.sums[name].float().numpy().tobytes())
+    return contents.hexdigest()[:16]
 
 def _started(path: Path | None, about: dict) -> Sensitivity | None:
     "What an earlier run left, if it is of the same model, text and options."
     if path is None or not path.exists(): return None
-    try: found = Sensitivity.load(path)
-    except ProfileError as error: _log.warning("%s", error.message); return None
-    if found.about == about: return found
+    try: left = Sensitivity.load(path)
+    except ProfileError as error:
+        _log.warning("%s", error.message)
+        return None
+    if left.about == about: return left
     _log.info("%s is of another model, text or effort: measured again", path)
     return None
 
 def _keeper(path: Path | None) -> Callable: # Sensitivity -> None
     "Saves the table, if it has a file; where that fails, it says so and goes on."
-    def keep(found: Sensitivity) -> None:
+    def keep(costs: Sensitivity) -> None:
         try:
-            if path is not None: found.save(path)
+            if path is not None: costs.save(path)
         except OSError as error:
             _log.warning("cannot keep the sensitivities in %s (%s): going on without", path, error.strerror)
     return keep
@@ -288,9 +268,8 @@ def measure_sensitivity(
     spend, path = find_effort(effort), None if path is None else Path(path)
     ids, selection = texts(job, spend, calibration_data)
     spent = f"{spend.curvature} {spend.rows} {spend.selection} {spend.anchors}"
-    about = fingerprint(
-        job.checkpoint, torch.cat([ids, selection]), effort=spent, imatrix=imatrix_hash(imatrix), method=1
-    )
+    options = {"effort": spent, "imatrix": imatrix_hash(imatrix), "method": 1}
+    about = fingerprint(job.checkpoint, torch.cat([ids, selection]), **options)
     costs, keep = _started(path, about), _keeper(path)
     if costs is None:
         costs = Sensitivity(job.name, about, _predict_all(job, ids, imatrix, spend.rows))
@@ -304,22 +283,12 @@ def measure_sensitivity(
     return costs
 
 # %% ../../nbs/calibration/11_sensitivity.ipynb #sensitivity-plot-sensitivity
-def plot_sensitivity(found: Sensitivity,
+def plot_sensitivity(costs: Sensitivity,
                      type: str = "IQ2_XXS", # whose cost is drawn
                      width: float = 7.0     # inches
                     ):                      # matplotlib Figure
-    "A heat map of what a type costs, by block and kind of tensor."
-    from matplotlib.figure import Figure
-    rows = [t for t in found.tensors if t.name.startswith("blk.") and type in t.predicted]
-    if not rows: raise ArgumentError(f"no tensor of a block can be {type}", "draw another type")
-    kinds, blocks = list(dict.fromkeys(t.kind for t in rows)), 1 + max(int(t.name.split(".")[1]) for t in rows)
-    grid = torch.full((len(kinds), blocks), float("nan"), dtype=torch.float64)
-    for t in rows: grid[kinds.index(t.kind), int(t.name.split(".")[1])] = max(t.costs[type], 1e-12)
-    figure = Figure(figsize=(width, 0.8 + 0.26 * len(kinds)), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(grid.log10().numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
-    axis.set(xlabel="block", title=f"cost of {type}: log10 of nats per token")
-    axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axis.set_xticks(range(0, blocks, 1 + blocks // 16))
-    figure.colorbar(image, ax=axis, pad=0.01)
-    return figure
+    "A heat map of what a type costs, by block and kind of tensor; raises `ArgumentError` where no tensor can have it."
+    inside = [t for t in costs.tensors if t.block is not None and type in t.predicted]
+    if not inside: raise ArgumentError(f"no tensor of a block can be {type}", "draw another type")
+    values = {(t.block, t.kind): max(t.costs[type], 1e-12) for t in inside}
+    return heat_map(values, title=f"cost of {type} in nats per token", log=True, width=width)

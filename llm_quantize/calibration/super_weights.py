@@ -28,38 +28,31 @@ INPUT_SPIKE = 20      # times the ordinary largest input of a token
 PRODUCT_SPIKE = 10    # times the ordinary largest output of a token, made by one weight
 REST = 0.25           # of the first spike: what may be left
 
-def find_spikes(x: torch.Tensor,                # (tokens, columns) inputs of ffn_down
-                y: torch.Tensor,                # (tokens, rows) its outputs
-                weight: torch.Tensor,           # (rows, columns)
+def find_spikes(x: torch.Tensor,              # (tokens, columns) inputs of ffn_down
+                y: torch.Tensor,              # (tokens, rows) its outputs
+                weight: torch.Tensor,         # (rows, columns)
                 ordinary: tuple | None = None # usual largest input and output of a token; default: from x and y
-               ) -> list:                       # of dictionaries, in the order found
+               ) -> list:                     # of dictionaries, in the order found
     "The weights whose single product makes an output spike, each found after those before it are set to zero."
     x, y, weight = x.float(), y.float().clone(), weight.float()
     usual_x, usual_y = ordinary or (x.abs().amax(1).median().item(), y.abs().amax(1).median().item())
-    largest = y.abs().max().item()
-    gone, found = {}, []                        # row -> columns already set to zero
+    least = max(PRODUCT_SPIKE * usual_y, REST * y.abs().max().item())
+    gone, spikes = {}, []                     # row -> columns already set to zero
     while True:
         token, row = divmod(y.abs().argmax().item(), y.shape[1])
         spike = y[token, row].item()
-        if abs(spike) < max(PRODUCT_SPIKE * usual_y, REST * largest): return found
+        if abs(spike) < least: return spikes
         products = weight[row] * x[token] * (1 if spike > 0 else -1) # what each weight adds to the spike
         products[gone.get(row, [])] = 0
         column = products.argmax().item()
-        if not products[column] >= PRODUCT_SPIKE * usual_y or not x[token, column].abs() >= INPUT_SPIKE * usual_x:
-            return found
-        found.append(
-            {
-                "row": row,
-                "col": column,
-                "value": weight[row, column].item(),
-                "token": token,
-                "input_spike": x[token, column].item(),
-                "output_spike": spike,
-                "input_ratio": abs(x[token, column].item()) / max(usual_x, 1e-30),
-                "output_ratio": abs(spike) / max(usual_y, 1e-30),
-                "share": products[column].item() / abs(spike),
-            }
-        )
+        value, activation, product = weight[row, column].item(), x[token, column].item(), products[column].item()
+        alone = product >= PRODUCT_SPIKE * usual_y and abs(activation) >= INPUT_SPIKE * usual_x
+        if not alone: return spikes
+        spikes.append({"row": row, "col": column, "value": value, "token": token,
+                       "input_spike": activation, "output_spike": spike,
+                       "input_ratio": abs(activation) / max(usual_x, 1e-30),
+                       "output_ratio": abs(spike) / max(usual_y, 1e-30),
+                       "share": product / abs(spike)})
         gone.setdefault(row, []).append(column)
         y[:, row] -= weight[row, column] * x[:, column]
 
@@ -95,25 +88,29 @@ class Zeroed(View):
         return tensor
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-run
-def _run(
-    stack: LayerStack, hidden: list, first: int = 0, replaced: dict | None = None, keep: tuple = ()
-) -> tuple:  # hidden states, {layer: its inputs}
-    "Hidden states through the layers from `first` on, layer by layer; `replaced` layers stand in for the stack's own."
+def _run(stack: LayerStack, hidden: list, *, first: int = 0, replaced: dict | None = None, keep: tuple = ()
+        ) -> tuple: # hidden states, {layer of `keep`: its inputs}
+    "Hidden states through the layers from `first` on; `replaced` are tensors under their names in the checkpoint."
     kept = {}
     for i in range(first, len(stack)):
         if i in keep: kept[i] = hidden
-        layer = (replaced or {}).get(i) or stack[i]
+        layer = stack.layer(i, replaced)
         hidden = [layer(h.to(stack.device)).cpu() for h in hidden]
     return hidden, kept
 
+def _holed(checkpoint: Checkpoint, places: list) -> dict: # name in the checkpoint -> weights with holes
+    "Tensors in which the weights at these places are zero."
+    zeroed = Zeroed(checkpoint, places)
+    return {name: zeroed.tensor(name) for name in dict.fromkeys(name for name, _, _ in places)}
+
 def _losses(stack: LayerStack, head: Callable, hidden: list, ids: torch.Tensor) -> torch.Tensor: # (tokens,) float64
     "Negative log-likelihoods of the second half of each window."
-    half, found = ids.shape[1] // 2, []
+    half, losses = ids.shape[1] // 2, []
     for h, window in zip(hidden, ids, strict=True):
         for part, target in zip(h[0, half - 1:-1].split(64), window[half:].split(64), strict=True):
             logits = head(part.to(stack.device)).float().cpu()
-            found.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double())
-    return torch.cat(found)
+            losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double())
+    return torch.cat(losses)
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-superweight
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class SuperWeight:
     value: float
     hf_tensor: str                  # name in the checkpoint
     layer: int
-    expert: int | None            # of a mixture of experts
+    expert: int | None              # of a mixture of experts
     token: int                      # where in the window the spike is
     input_spike: float              # activation that the weight is multiplied with
     output_spike: float             # what the layer put out there
@@ -149,11 +146,11 @@ class SuperWeight:
 @dataclass(frozen=True)
 class SuperWeights:
     "What was found in a model, what it does, and what is left when it is gone."
-    found: tuple = ()  # SuperWeight, largest output spike first in each layer
-    layers: tuple = ()  # of each ffn_down: its ordinary and largest input and output, before and after zeroing
-    perplexity: float | None = None        # of the untouched model
+    found: tuple = ()                # SuperWeight, largest output spike first in each layer
+    layers: tuple = ()               # of each ffn_down: ordinary and largest input and output, before and after zeroing
+    perplexity: float | None = None  # of the untouched model
     perplexity_all_zeroed: float | None = None
-    tokens: int = 0                          # scored for the perplexities
+    tokens: int = 0                  # scored for the perplexities
 
     def to_dict(self) -> dict:
         "For JSON; `identified` and `coordinates` as `llm-quantize analyze` prints them."
@@ -243,9 +240,10 @@ def _look(stack: LayerStack, ids: torch.Tensor, search: bool = True) -> _DownPro
     down.flush()
     return down
 
-def _with_holes(stack: LayerStack, places: list) -> LayerStack: # places: (name in the checkpoint, row index, column)
-    "The same model with some weights zeroed; a layer is loaded when it is asked for."
-    return LayerStack(Zeroed(stack.checkpoint, places), device=stack.device, dtype=stack.dtype, keep=False)
+def _look_without(stack: LayerStack, places: list, ids: torch.Tensor) -> _DownProjections:
+    "What it shows with the weights at these places zeroed; each layer is loaded when its turn comes."
+    holed = LayerStack(Zeroed(stack.checkpoint, places), device=stack.device, dtype=stack.dtype, keep=False)
+    return _look(holed, ids, search=False)
 
 def find_super_weights(
     model: LayerStack | str | Path | Checkpoint,  # a layer stack in use, or a checkpoint, directory or Hub id
@@ -269,7 +267,7 @@ def find_super_weights(
     before = _look(stack, ids)
     places = [(*hf_place(before.tensors[w.tensor], w.row, w.expert), w.col) for w in before.found]
     tell(1, 2 + len(places))
-    after = _look(_with_holes(stack, places), ids, search=False) if places else before
+    after = _look_without(stack, places, ids) if places else before
     rows = tuple(_layer_row(before.tensors[name], row, after.layers[name]) for name, row in before.layers.items())
     tell(2, 2 + len(places))
     result = SuperWeights(tuple(before.found), rows)
@@ -282,26 +280,26 @@ def _layer_row(tensor: GGUFTensor, before: dict, after: dict) -> dict:
 
 # %% ../../nbs/calibration/06_super_weights.ipynb #super_weights-measured
 @torch.inference_mode()
-def _measured(
-    stack: LayerStack, result: SuperWeights, places: list, ids: torch.Tensor, tell: Callable
-) -> SuperWeights:
+def _measured(stack: LayerStack, result: SuperWeights, places: list, ids: torch.Tensor, tell: Callable
+             ) -> SuperWeights:
+    "The result with perplexities."
     embed, head = stack.embedding(ids), stack.head()
-    affected = tuple(sorted({w.layer for w in result.found}))
+    affected = sorted({w.layer for w in result.found})
     hidden, kept = _run(stack, [embed(window[None]).cpu() for window in ids], keep=affected)
     base = _losses(stack, head, hidden, ids)
 
-    def without(holes: list, layers: tuple) -> torch.Tensor: # (tokens,)
-        holed = _with_holes(stack, holes)
-        return _losses(stack, head, _run(stack, kept[layers[0]], layers[0], {i: holed[i] for i in layers})[0], ids)
+    def without(holes: list, first: int) -> torch.Tensor: # (tokens,) losses; `first`: layer with a hole
+        changed, _ = _run(stack, kept[first], first=first, replaced=_holed(stack.checkpoint, holes))
+        return _losses(stack, head, changed, ids)
 
     measured = []
     for number, (weight, place) in enumerate(zip(result.found, places, strict=True)):
-        losses = without([place], (weight.layer,))
+        losses = without([place], weight.layer)
         change, ratio = losses - base, (losses - base).mean().exp().item()
         error = ratio * (change.std() / len(change) ** 0.5).item()
         perplexity = losses.mean().exp().item()
         effect = {"perplexity_zeroed": perplexity, "perplexity_ratio": ratio, "perplexity_ratio_se": error}
         measured.append(replace(weight, **effect))
         tell(3 + number, 2 + len(places))
-    everything = without(places, affected).mean().exp().item()
+    everything = without(places, affected[0]).mean().exp().item()
     return SuperWeights(tuple(measured), result.layers, base.mean().exp().item(), everything, len(base))

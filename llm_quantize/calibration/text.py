@@ -36,9 +36,8 @@ def _decode(path: Path) -> str: # the file's text, without a byte order mark
     except FileNotFoundError:
         raise CalibrationError(f"no text file {path}", "check the path given for the calibration text") from None
     except OSError as error:
-        raise CalibrationError(
-            f"{path} cannot be read: {error.strerror}", "give a .txt, .json or .jsonl file"
-        ) from None
+        what = f"{path} cannot be read: {error.strerror}"
+        raise CalibrationError(what, "give a .txt, .json or .jsonl file") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -54,12 +53,8 @@ _RECORD = 'each record is a string, {"text": "..."} or {"messages": [{"role": "u
 
 def _conversation(messages, where: str, tokenizer) -> ChatText: # `where`: "data.jsonl line 3"
     "Messages through the chat template; raises `CalibrationError` where that cannot be."
-    good = (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
-    )
-    if not good:
+    def good(m): return isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
+    if not (isinstance(messages, list) and messages and all(map(good, messages))):
         raise CalibrationError(f"{where} has 'messages' that are no list of objects with role and content", _RECORD)
     if tokenizer is None or not tokenizer.chat_template:
         raise CalibrationError(
@@ -68,19 +63,21 @@ def _conversation(messages, where: str, tokenizer) -> ChatText: # `where`: "data
         )
     try: return ChatText(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template raises whatever it likes
-        raise CalibrationError(
-            f"{where}: the chat template refuses the messages: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            "roles must be those the model knows, in the order it expects",
-        ) from None
+        what = f"{where}: the chat template refuses the messages: {_first_line(error)}"
+        raise CalibrationError(what, "roles must be those the model knows, in the order it expects") from None
 
+def _first_line(error: Exception) -> str:
+    "What an error of others says, on one line; without a word, its class."
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+# %% ../../nbs/calibration/01_text.ipynb #text-record
 def _record(value, where: str, tokenizer=None) -> str:
     "The text of one JSON record."
     if isinstance(value, dict) and "messages" in value: return _conversation(value["messages"], where, tokenizer)
     if isinstance(value, dict):
         if "text" not in value:
-            raise CalibrationError(
-                f"{where} has no key 'text' (its keys: {', '.join(map(str, value)) or 'none'})", _RECORD
-            )
+            keys = ", ".join(map(str, value)) or "none"
+            raise CalibrationError(f"{where} has no key 'text' (its keys: {keys})", _RECORD)
         value = value["text"]
     if not isinstance(value, str):
         raise CalibrationError(f"{where} holds {type(value).__name__} where a text was expected", _RECORD)
@@ -91,39 +88,32 @@ def _parse(text: str, where: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise CalibrationError(
-            f"{where} is not JSON: {error}", "check the file with: python -m json.tool FILE"
-        ) from None
+        hint = "check the file with: python -m json.tool FILE"
+        raise CalibrationError(f"{where} is not JSON: {error}", hint) from None
 
-# %% ../../nbs/calibration/01_text.ipynb #text-read-file
+# %% ../../nbs/calibration/01_text.ipynb #text-documents
+def _documents(path: Path, tokenizer) -> dict: # "line 3" -> text
+    "All records of one file, also blank ones."
+    text, suffix = _decode(path), path.suffix.lower()
+    if suffix == ".jsonl":
+        lines = {f"line {i}": line for i, line in enumerate(text.split("\n"), 1) if line.strip()}
+        return {at: _record(_parse(line, f"{path} {at}"), f"{path} {at}", tokenizer) for at, line in lines.items()}
+    if suffix != ".json": return {"line 1": text} if text else {}
+    values = _parse(text, str(path)) if text.strip() else []
+    if not isinstance(values, list):
+        what = f"{path} holds {type(values).__name__} where a list was expected"
+        raise CalibrationError(what, 'write ["text one", "text two"]')
+    records = {f"record {i}": value for i, value in enumerate(values, 1)}
+    return {at: _record(value, f"{path} {at}", tokenizer) for at, value in records.items()}
+
 def _read_file(path: Path, tokenizer) -> list[str]:
-    "The documents of one file."
-    text = _decode(path)
-    if path.suffix.lower() == ".json":
-        values = _parse(text, str(path)) if text.strip() else []
-        if not isinstance(values, list):
-            raise CalibrationError(
-                f"{path} holds {type(values).__name__} where a list was expected", 'write ["text one", "text two"]'
-            )
-        documents = {
-            f"record {i}": _record(value, f"{path} record {i}", tokenizer) for i, value in enumerate(values, 1)
-        }
-    elif path.suffix.lower() == ".jsonl":
-        lines = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-        documents = {
-            f"line {i}": _record(_parse(line, f"{path} line {i}"), f"{path} line {i}", tokenizer) for i, line in lines
-        }
-    else:
-        documents = {"line 1": text} if text else {}
-    full = [d for d in documents.values() if d.strip()]
-    if not full:
-        blank = (
-            f": {next(iter(documents))} is blank{', and so is all that follows' if len(documents) > 1 else ''}"
-            if documents
-            else ""
-        )
-        raise CalibrationError(f"{path} holds no text{blank}", "give a file with text; some 100,000 words serve well")
-    return full
+    "The documents of one file; raises `CalibrationError` where all are blank."
+    documents = _documents(path, tokenizer)
+    full = [document for document in documents.values() if document.strip()]
+    if full: return full
+    rest = ", and so is all that follows" if len(documents) > 1 else ""
+    blank = f": {next(iter(documents))} is blank{rest}" if documents else ""
+    raise CalibrationError(f"{path} holds no text{blank}", "give a file with text; some 100,000 words serve well")
 
 # %% ../../nbs/calibration/01_text.ipynb #text-fetch-wikitext
 _SUFFIXES = (".txt", ".md", ".json", ".jsonl")
@@ -134,31 +124,26 @@ def _fetch_wikitext() -> list[str]: # one document
     try:
         from datasets import load_dataset
     except ImportError:
-        raise CalibrationError(
-            "wikitext is fetched with the package datasets, which is not installed", f"pip install datasets; {hint}"
-        ) from None
+        what = "wikitext is fetched with the package datasets, which is not installed"
+        raise CalibrationError(what, f"pip install datasets; {hint}") from None
     try: return ["".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")["text"])]
     except Exception as error: # network, Hub and cache each raise their own
         raise CalibrationError(f"WikiText-2 cannot be fetched ({type(error).__name__})", hint) from None
 
 def read_text(
-    path: str
-    | Path,  # .json, .jsonl; a directory of such files; anything else is read as plain text; or the word "wikitext"
+    path: str | Path,  # .json, .jsonl or plain text; a directory of such files; or the word "wikitext"
     tokenizer=None,  # from `load_tokenizer`; needed for conversations
 ) -> list[str]:
-    "The documents of a text, none of them blank; raises `CalibrationError` naming the file and the line or record at fault."
+    "The documents of a text, none of them blank; raises `CalibrationError` with the file and the line or record."
     name, path = str(path), Path(path).expanduser()
     if name == "wikitext" and not path.exists(): return _fetch_wikitext()
     if not path.is_dir(): return _read_file(path, tokenizer)
-    found = sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
-    if not found:
-        raise CalibrationError(
-            f"{path} is a directory without a text file ({', '.join(_SUFFIXES)})",
-            "give a directory with text files, or one file",
-        )
-    return [document for file in found for document in _read_file(file, tokenizer)]
+    def readable(file): return file.suffix.lower() in _SUFFIXES and file.is_file() and not file.name.startswith(".")
+    texts = sorted(filter(readable, path.rglob("*")))
+    if not texts:
+        what = f"{path} is a directory without a text file ({', '.join(_SUFFIXES)})"
+        raise CalibrationError(what, "give a directory with text files, or one file")
+    return [document for file in texts for document in _read_file(file, tokenizer)]
 
 # %% ../../nbs/calibration/01_text.ipynb #text-adds-bos
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -173,22 +158,16 @@ def load_tokenizer(path: str | Path): # a model directory -> transformers tokeni
     from transformers import AutoTokenizer
     path = Path(path)
     if not any((path / name).exists() for name in _TOKENIZER_FILES):
-        raise ConversionError(
-            f"no tokenizer in {path}",
-            "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json of the model there",
-        )
+        hint = "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json of the model there"
+        raise ConversionError(f"no tokenizer in {path}", hint)
+    settings = path / "tokenizer_config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        wanted = (
-            json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("add_bos_token")
-            if (path / "tokenizer_config.json").exists()
-            else None
-        )
+        known = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        wanted = known.get("add_bos_token")
     except Exception as error:  # a damaged file surfaces as whatever the parser at hand raises
-        raise ConversionError(
-            f"the tokenizer in {path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            "download the tokenizer files again",
-        ) from error
+        what = f"the tokenizer in {path} cannot be read: {_first_line(error)}"
+        raise ConversionError(what, "download the tokenizer files again") from error
     if isinstance(wanted, bool) and tokenizer.bos_token_id is not None and wanted != adds_bos(tokenizer):
         tokenizer.add_bos_token = wanted
     return tokenizer
@@ -207,9 +186,8 @@ class Text:
         self.tokenizer, self.name = tokenizer, name
         self.bos = adds_bos(tokenizer) if bos is None else bos
         if self.bos and tokenizer.bos_token_id is None:
-            raise CalibrationError(
-                "the tokenizer has no BOS token to begin windows with", "leave the choice to the tokenizer"
-            )
+            what = "the tokenizer has no BOS token to begin windows with"
+            raise CalibrationError(what, "leave the choice to the tokenizer")
         self._left = iter([documents] if isinstance(documents, str) else documents)
         self._ids = [tokenizer.bos_token_id] if self.bos else []
 
@@ -227,15 +205,15 @@ class Text:
     ) -> torch.Tensor:  # (windows, size) int64
         "Windows as llama-perplexity and llama-imatrix cut them; raises `CalibrationError` for too little text."
         if size < 2:
-            raise CalibrationError(f"a window of {size} tokens predicts nothing", "use a size of 2 or more; 512 is usual")
+            hint = "use a size of 2 or more; 512 is usual"
+            raise CalibrationError(f"a window of {size} tokens predicts nothing", hint)
         if limit is not None and limit < 1:
             raise CalibrationError(f"a limit of {limit} windows leaves nothing", "use 1 or more, or no limit")
         self._read(float("inf") if limit is None else limit * size)
         count = len(self._ids) // size if limit is None else min(limit, len(self._ids) // size)
         if not count:
-            raise CalibrationError(
-                f"{self.name} has {len(self._ids)} tokens, a window needs {size}", "give more text, or shorter windows"
-            )
+            what = f"{self.name} has {len(self._ids)} tokens, a window needs {size}"
+            raise CalibrationError(what, "give more text, or shorter windows")
         cut = torch.tensor(self._ids[:count * size], dtype=torch.int64).reshape(count, size)
         if self.bos: cut[:, 0] = self.tokenizer.bos_token_id
         return cut

@@ -30,20 +30,12 @@ def find_device(name: str | None = None # "cpu", "cuda", "cuda:1"; default: CUDA
         raise ArgumentError(f"there is no device {name} here", "use cpu")
     return str(name)
 
-# %% ../../nbs/models/21_job.ipynb #job-job-2
-class Job:
-    "One model at work."
+# %% ../../nbs/models/21_job.ipynb #job-known
+class _Known:
+    "What is known under a name, and who hears of progress."
 
-    def __init__(
-        self,
-        model: str | Path | Checkpoint,  # directory, Hub id or opened checkpoint
-        *,
-        device: str | None = None,  # "cpu" or "cuda"; default: CUDA where there is one
-        pre: str | None = None,  # name of the pre-tokenizer, where it cannot be recognised
-        progress: Callable[[int, int, str], None] | None = None,  # (done, in all, what)
-    ):
-        self.device, self.pre, self.progress = find_device(device), pre, progress
-        self._model, self._made = model, {}
+    def __init__(self, progress: Callable[[int, int, str], None] | None = None):
+        self.progress, self._made = progress, {}
 
     def once(self, name, make: Callable): # what `make` returned
         "What is known under a name; made when it is first asked for."
@@ -57,6 +49,30 @@ class Job:
     def told(self, what: str) -> Callable: # (done, in all, details in words)
         "A function that reports the progress of one step, under its name."
         return lambda done, total, details="": self.tell(done, total, f"{what} {details}".rstrip())
+
+# %% ../../nbs/models/21_job.ipynb #job-shared-stack
+def _shared_stack(stacks: dict, dtype: torch.dtype | None, keep: bool | None, make: Callable) -> LayerStack:
+    "The stack that was asked for: one of those known, (dtype, keep) -> LayerStack, or one that `make` gives."
+    if (dtype, keep) in stacks: return stacks[dtype, keep]
+    made = make()
+    same = next((s for s in stacks.values() if (s.dtype, s.keep) == (made.dtype, made.keep)), None)
+    crowded_out = same is None and keep is None and not made.keep and any(s.keep for s in stacks.values())
+    if crowded_out:
+        stacks.clear()
+        made = make()
+    stacks[dtype, keep] = same or made
+    return stacks[dtype, keep]
+
+# %% ../../nbs/models/21_job.ipynb #job-job-2
+class Job(_Known):
+    "One model at work."
+
+    def __init__(self, model: str | Path | Checkpoint,    # directory, Hub id or opened checkpoint
+                 *, device: str | None = None,            # "cpu" or "cuda"; default: CUDA where there is one
+                 pre: str | None = None,                  # name of the pre-tokenizer, if it cannot be recognised
+                 progress: Callable[[int, int, str], None] | None = None): # (done, in all, what)
+        super().__init__(progress)
+        self.device, self.pre, self._model = find_device(device), pre, model
 
     @property
     def _source(self) -> Checkpoint:
@@ -80,24 +96,14 @@ class Job:
     @property
     def tensors(self) -> dict[str, GGUFTensor]: # GGUF name -> GGUFTensor
         "The tensors of the model as a GGUF has them, in file order."
-        def make():
-            return {t.name: t for t in architecture(self.checkpoint.config).tensors(self.checkpoint)}
+        def make(): return {t.name: t for t in architecture(self.checkpoint.config).tensors(self.checkpoint)}
         return self.once("tensors", make)
 
-    def stack(self, dtype: torch.dtype | None = None, # of matrix products; default: bfloat16 where that is exact and fast
+    def stack(self, dtype: torch.dtype | None = None, # of matrix products; default: bfloat16 if exact and fast
               keep: bool | None = None                # all layers in memory; default: if they fit
              ) -> LayerStack:
         "The layers of the model, ready to run."
         def make(): return LayerStack(self.checkpoint, device=self.device, dtype=dtype, keep=keep)
-        stacks = self.once("stacks", dict)
-        if (dtype, keep) in stacks: return stacks[dtype, keep]
-        made = make()
-        same = next((s for s in stacks.values() if (s.dtype, s.keep) == (made.dtype, made.keep)), None)
-        if same is None and keep is None and not made.keep and any(s.keep for s in stacks.values()):
-            stacks.clear()
-            made = make()
-        stacks[dtype, keep] = same or made
-        return stacks[dtype, keep]
+        return _shared_stack(self.once("stacks", dict), dtype, keep, make)
 
-    def __repr__(self) -> str:
-        return f"Job({self.name} on {self.device})"
+    def __repr__(self) -> str: return f"Job({self.name} on {self.device})"
