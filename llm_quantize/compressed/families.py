@@ -237,7 +237,8 @@ class ModelMappings:
     def __init__(self, checkpoint: Checkpoint, row: Family | None = None): # default: `family` finds the row
         from transformers import AutoConfig
         row = row or family(checkpoint.config)
-        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True).get_text_config()
+        plain = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(str(checkpoint.path), **plain).get_text_config()
         query_heads = config.num_attention_heads
         heads = query_heads, getattr(config, "num_key_value_heads", None) or query_heads
         self.names, self.rest = layer_names(checkpoint.names)  # {layer: {name within it: name}}, names outside layers

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from .architectures import architecture
-from .bitnet import BitNetCheckpoint, plain_weights
+from .bitnet import is_bitnet, plain_weights
 from .checkpoint import Checkpoint, open_checkpoint
 from .layer_stack import LayerStack
 from .transforms import GGUFTensor
@@ -86,7 +86,7 @@ class Job(_Known):
     @property
     def runnable(self) -> bool:
         "Can the model be run as its checkpoint is? A BitNet checkpoint cannot."
-        return not isinstance(self._source, BitNetCheckpoint)
+        return not is_bitnet(self._source)
 
     @property
     def name(self) -> str:
