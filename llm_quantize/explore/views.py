@@ -25,6 +25,7 @@ from ..gguf.allocation import TypeChoice, apply_rules, reachable
 from ..gguf.plan import plan_gguf
 from ..gguf.profiles import PRESETS, Profile, Target
 from ..gguf.resolution import choose_types
+from ..models.job import Job
 from ..quality.comparison import Comparison
 from ..quality.html import html_table
 from ..quality.report import SHARES, QualityReport
@@ -152,9 +153,9 @@ class _Chooser:
         self.choices = [TypeChoice(t.name, t.shape, t.costs) for t in measured.tensors]
         self.weights, self.fixed = sum(c.weights for c in self.choices), 0  # weights; bytes that no choice changes
         if model is not None:
-            job = plan_gguf(model, "Q8_0")  # its metadata and norms are those of every plan
-            chosen = sum(-(-t.bytes // 32) * 32 for t in job.plan if t.type != "F32")
-            self.weights, self.fixed = job.checkpoint.parameters, job.file_bytes - chosen
+            planned = plan_gguf(Job(model), "Q8_0")  # its metadata and norms are those of every plan
+            chosen = sum(-(-t.bytes // 32) * 32 for t in planned.plan if t.type != "F32")
+            self.weights, self.fixed = planned.checkpoint.parameters, planned.file_bytes - chosen
         self.profiles, self.known = {p.name: p for p in profiles}, {}
         self.ranges = {name: reachable(self._ruled(name), self.fixed) for name in self.profiles}
 
