@@ -147,7 +147,9 @@ def feedback_pass(
     effort: str | Effort = "default",  # how much of the text
     search: str = "fast",  # of scales
 ) -> Prepared:
-    "Encode a model's blocks with error feedback, then tune what is still free; `CheckpointError` for another run's state."
+    """The blocks of a model encoded with error feedback, and what is still free tuned.
+
+    Raises `CheckpointError` where the directory holds the state of another run."""
     require_runnable(job, "error feedback runs the model")
     spent, plan = find_effort(effort), draft.plan
     settings = FeedbackSettings(spent, search, job.device)

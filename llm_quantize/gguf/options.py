@@ -29,12 +29,13 @@ class Output:
         "The file for a model at a level; raises `ArgumentError` or `LLMQuantizeError` where it cannot be."
         stem = self.name or f"{model}-{level}.gguf"
         if Path(stem).name != stem:
-            raise ArgumentError(f"the output name '{stem}' contains a directory", "give the directory with --output-dir")
+            raise ArgumentError(f"the output name '{stem}' contains a directory", "give that with --output-dir")
         path = Path(self.folder) / (stem if stem.endswith(".gguf") else stem + ".gguf")
         if path.is_dir(): raise ArgumentError(f"{path} is a directory", "choose another name with --output-name")
         there = next(p for p in (path.parent, *path.parent.absolute().parents) if os.path.exists(p))
         hint = "choose a directory you may write to"
-        if not there.is_dir(): raise LLMQuantizeError(f"cannot make the directory {path.parent}: {there} is a file", hint)
+        if not there.is_dir():
+            raise LLMQuantizeError(f"cannot make the directory {path.parent}: {there} is a file", hint)
         if not os.access(there, os.W_OK): raise LLMQuantizeError(f"the directory {there} cannot be written to", hint)
         return path
 
@@ -53,7 +54,8 @@ class Calibration:
     samples: int = 256             # windows of 512 tokens for the importance matrix, at most
 
     def __post_init__(self):
-        if self.samples < 1: raise ArgumentError(f"--calibration-samples is {self.samples}", "use 1 or more; 256 is usual")
+        if self.samples < 1:
+            raise ArgumentError(f"--calibration-samples is {self.samples}", "use 1 or more; 256 is usual")
 
 # %% ../../nbs/gguf/07_options.ipynb #options-dynamic
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def find_search(name: str) -> str:
     known = str(name).lower()
     if known in SEARCHES: return known
     close = closest(str(name), SEARCHES)
-    raise ArgumentError(f"unknown search '{name}'", f"did you mean {close}?" if close else f"use one of: {', '.join(SEARCHES)}")
+    hint = f"did you mean {close}?" if close else f"use one of: {', '.join(SEARCHES)}"
+    raise ArgumentError(f"unknown search '{name}'", hint)
 
 @dataclass(frozen=True)
 class Request:

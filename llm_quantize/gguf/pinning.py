@@ -58,7 +58,7 @@ def pin(
     col: int,  # which of them
     importance: torch.Tensor | None = None,  # (columns,)
 ) -> bool:  # whether it decodes to within one place of f16 now
-    "Choose the super-scale of a weight's block so that the weight is stored exactly, unless the block would lose by it."
+    "Choose the super-scale of a weight's block so that the weight is stored exactly; not where the block would lose."
     meant = weights[row, col].item()
     if _is_there(data[row], type, col, meant): return True
     if type not in ENCODERS: return False
@@ -74,7 +74,10 @@ def pin(
     supers = {key: torch.full_like(fields[key], value) for key, value in new.items()}
     moved = encoder.pack({**fields, **supers}, codes)[:, 0]
     counts = torch.ones(size) if importance is None else importance[columns]
-    def cost(block_data): return ((decode(block_data.view(1, -1), type)[0] - weights[row, columns]).square() * counts).sum()
+    def cost(block_data):
+        error = decode(block_data.view(1, -1), type)[0] - weights[row, columns]
+        return (error.square() * counts).sum()
+
     if cost(moved) > HARM * cost(old): return False
     old.copy_(moved)
     return _is_there(data[row], type, col, meant)

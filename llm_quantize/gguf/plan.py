@@ -38,7 +38,9 @@ _log = logging.getLogger("llm_quantize")
 _OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 def _harmless(name: str, tokens) -> str:
-    "llama.cpp looks these tokens up in every model that says phi-3 in its name, and cannot open one without them: then the name is spelled otherwise."
+    """The name, spelled otherwise if it says phi-3 and the model lacks the tokens of Phi-3.
+
+    llama.cpp looks these tokens up in every model of that name, and cannot open one without them."""
     return name if set(tokens).issuperset(_OF_PHI3) else re.sub("(?i)phi-?3", "phi 3", name)
 
 # %% ../../nbs/gguf/09_plan.ipynb #plan-metadata

@@ -37,7 +37,9 @@ from ..quants.qtypes import qtype
 def up_of(specs: list,      # GGUFTensors of a model
           down: GGUFTensor  # an ffn_down
          ) -> GGUFTensor | None:
-    "The ffn_up whose rows can be scaled against the columns of an ffn_down; None where they are stacked, fused, biased or without a gate."
+    """The ffn_up whose rows can be scaled against the columns of an ffn_down.
+
+    None where they are stacked, fused, biased or without a gate."""
     named = {s.name: s for s in specs}
     up, stem = named.get(down.name.replace("ffn_down", "ffn_up")), down.name.rsplit(".", 2)[0]
     plain = up is not None and up.transform == down.transform == "copy" and len(down.shape) == 2

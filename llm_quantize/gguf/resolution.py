@@ -122,11 +122,9 @@ def _measurer(probe: Probe, imatrix: ImportanceMatrix | None) -> Callable: # {na
 def unmeasured(specs: list # GGUFTensors of a model
               ) -> list:  # of Choices
     "What there is to choose, with costs that only know bits."
-    mine = [s for s in specs if s.quantizable and not why_f32(s.name, s.shape) and s.transform not in ("computed", "tied")]
-    return [
-        TypeChoice(s.name, tuple(s.shape), {t: s.shape[-1] * 4 ** -qtype(t).bpw for t in candidate_types(s.shape[-1])})
-        for s in mine
-    ]
+    def costs(columns): return {type: columns * 4 ** -qtype(type).bpw for type in candidate_types(columns)}
+    free = [s for s in specs if s.quantizable and s.transform not in ("computed", "tied")]
+    return [TypeChoice(s.name, tuple(s.shape), costs(s.shape[-1])) for s in free if not why_f32(s.name, s.shape)]
 
 # %% ../../nbs/gguf/08_resolution.ipynb #resolution-resolve
 def resolve(

@@ -36,7 +36,7 @@ class _Spikes(Listener):
         if name == self.name and expert == self.expert: self.x, self.y = x.clone(), y.clone()
 
 class Ratio(NamedTuple):
-    "What a quantized block makes of a spike, as a multiple of the original; None where the text does not visit an expert."
+    "What a block makes of a spike, as a multiple of the original; None where the text does not visit an expert."
     input: float | None
     output: float | None
 
