@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, ValidationError
-from ..gguf.container import open_gguf
+from ..gguf.reader import open_gguf
 from ..gguf.verify import check_tensors
 from ..models.checkpoint import Checkpoint
 from .bench import Setting
