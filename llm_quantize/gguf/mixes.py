@@ -244,12 +244,10 @@ def _by_rule(mix: Mix, role: str, columns: int, place: _Place) -> tuple[str, str
     "The type a mix wants for a tensor, before its shape has a say."
     if role == "output" and columns % qtype(mix.base).block_size:
         return "Q8_0", f"output, as rows of {columns} do not fit {mix.base}"
-    for wanted, type, *when in [*_RULES[mix.name], ("output", "Q6_K")]:
-        if wanted == role and all(_CONDITIONS[c][1](place) for c in when):
-            why = ", ".join([role, *(_CONDITIONS[c][0] for c in when)])
-            break
-    else:
-        type, why = mix.base, "base type"
+    def holds(when): return all(_CONDITIONS[c][1](place) for c in when)
+    own = [(type, when) for wanted, type, *when in [*_RULES[mix.name], ("output", "Q6_K")] if wanted == role]
+    type, when = next((rule for rule in own if holds(rule[1])), (mix.base, None))
+    why = "base type" if when is None else ", ".join([role, *(_CONDITIONS[c][0] for c in when)])
     if role == "attn_v" and place.facts.is_70b and mix.name not in _TINY and type in ("Q3_K", "Q4_K"):
         return "Q5_K", f"{why}; raised from {type} in a 70B model"
     return type, why
