@@ -12,7 +12,7 @@ _HOME = {
     "gguf.profiles": ("Profile",),
     "calibration.imatrix": ("ImportanceMatrix",),
     "models.checkpoint": ("open_checkpoint",),
-    "gguf.container": ("open_gguf",),
+    "gguf.reader": ("open_gguf",),
     "errors": (
         "LLMQuantizeError", "ArgumentError", "ModelNotFoundError", "AuthenticationError", "OutOfMemoryError",
         "ValidationError", "CheckpointError", "ConversionError", "CancelledError", "ImatrixError",

@@ -41,9 +41,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def checkpoints_apart(tmp_path, monkeypatch):
+def checkpoints_apart(tmp_path_factory, monkeypatch):
     "Tests that run side by side do not keep finished layers in one ./.checkpoint."
-    monkeypatch.setenv("LLM_QUANTIZE_CHECKPOINT_DIR", str(tmp_path / "checkpoints"))
+    monkeypatch.setenv("LLM_QUANTIZE_CHECKPOINT_DIR", str(tmp_path_factory.mktemp("checkpoints")))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from llm_quantize.gguf import container as gguf_model
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.cli.main import main
 from llm_quantize.errors import ArgumentError, CoherenceError, QualityDegradationError, ValidationError
-from llm_quantize.gguf.container import open_gguf
+from llm_quantize.gguf.reader import open_gguf
 from llm_quantize.acceptance import judge, prepare
 from llm_quantize.quality.validation import validate
 from llm_quantize.quality.evaluate import quality_report

@@ -64,8 +64,8 @@ def profile_show(
     device: DEVICE = None,
 ):
     "A profile: its target, rules, and types by layer and kind of tensor."
-    from llm_quantize.gguf.mixes import PlannedTensor
     from llm_quantize.gguf.profiles import Profile
+    from llm_quantize.gguf.type_plan import PlannedTensor
     profile, plan, facts = Profile.load(name), None, {}
     if model is not None:
         plan = list(planned(model, name, imatrix=imatrix, effort=effort, device=device).plan)

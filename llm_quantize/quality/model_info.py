@@ -16,7 +16,7 @@ import numpy as np
 from ..compressed.directory import Int8Checkpoint, is_int8_directory
 from ..display import markdown_table
 from ..errors import ConversionError
-from ..gguf.container import open_gguf
+from ..gguf.reader import open_gguf
 from ..models.architectures import architecture
 from ..models.bitnet import plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint

@@ -15,7 +15,7 @@ import torch
 
 from ..compressed.directory import W8A8Model, is_int8_directory
 from ..errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
-from ..gguf.container import open_gguf
+from ..gguf.reader import open_gguf
 from ..models.architectures import architecture
 from ..models.bitnet import plain_weights
 from ..models.checkpoint import Checkpoint, open_checkpoint

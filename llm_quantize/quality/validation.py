@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..display import markdown_table
 from ..errors import ArgumentError, ValidationError
-from ..gguf.container import open_gguf
+from ..gguf.reader import open_gguf
 from ..gguf.verify import check_tensors
 from ..models.checkpoint import Checkpoint
 from .bench import Setting

@@ -20,7 +20,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from llm_quantize.models.architectures import architecture
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ArgumentError, ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
-from llm_quantize.gguf.container import gguf_bytes, open_gguf, write_gguf
+from llm_quantize.gguf.container import gguf_bytes, write_gguf
+from llm_quantize.gguf.reader import open_gguf
 from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quants.qtypes import QTYPES, qtype
 from llm_quantize.models.tokenizers import tokenizer_metadata

@@ -16,7 +16,7 @@ from llm_quantize.quants.blocks import ENCODERS
 from llm_quantize.models.checkpoint import Checkpoint, sample_path
 from llm_quantize.quants.codec import FLOATS, decode, encode_tensor
 from llm_quantize.errors import ArgumentError, ConversionError, ImatrixError, LLMQuantizeError, ValidationError
-from llm_quantize.gguf.container import open_gguf
+from llm_quantize.gguf.reader import open_gguf
 from llm_quantize.calibration.analysis import cached_imatrix
 from llm_quantize.gguf.plan import plan_gguf
 from llm_quantize.gguf.pipeline import check_finite, relative_error

@@ -15,10 +15,11 @@ from llm_quantize.quants.codec import encode
 from llm_quantize.models.reference import load_float
 from llm_quantize.quality.quantized_model import load_quantized
 from llm_quantize.errors import ConversionError
-from llm_quantize.gguf.container import open_gguf
+from llm_quantize.gguf.reader import open_gguf
 from llm_quantize.gguf.plan import plan_gguf
 from llm_quantize.api import quantize
-from llm_quantize.gguf.mixes import Plan, PlannedTensor, plan_mix
+from llm_quantize.gguf.mixes import plan_mix
+from llm_quantize.gguf.type_plan import Plan, PlannedTensor
 from llm_quantize.gguf.ternary_plan import TernaryFindings, candidates, find_ternary, plan_ternary
 
 TYPE = {"TERNARY": "TQ2_0", "TQ2_0": "TQ2_0", "TQ1_0": "TQ1_0"}

@@ -17,7 +17,8 @@ from llm_quantize.models.architectures import ARCHITECTURES, architecture
 from llm_quantize.models.transforms import hf_tensors, permute, unpermute
 from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.errors import ConversionError
-from llm_quantize.gguf.container import open_gguf, write_gguf
+from llm_quantize.gguf.reader import open_gguf
+from llm_quantize.gguf.container import write_gguf
 from llm_quantize.models.family import family_settings
 from llm_quantize.models.rope import rope_factors, rope_settings
 from llm_quantize.models.tokenizers import tokenizer_metadata

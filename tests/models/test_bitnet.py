@@ -15,7 +15,7 @@ from llm_quantize.models.architectures import architecture
 from llm_quantize.models.bitnet import is_bitnet, plain_weights, round_masters, unpack_trits
 from llm_quantize.models.checkpoint import open_checkpoint, sample_path
 from llm_quantize.errors import ConversionError
-from llm_quantize.gguf.container import open_gguf
+from llm_quantize.gguf.reader import open_gguf
 from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.model_info import info
 from llm_quantize.quality.evaluate import quality_report

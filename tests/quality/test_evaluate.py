@@ -28,7 +28,7 @@ from llm_quantize.models.reference import load_float
 from llm_quantize.quality.llama_cpp_model import open_llama
 from llm_quantize.quality.quantized_model import load_quantized
 from llm_quantize.errors import ArgumentError, CalibrationError, ConversionError, LLMQuantizeError, ModelNotFoundError, ValidationError
-from llm_quantize.gguf.container import open_gguf
+from llm_quantize.gguf.reader import open_gguf
 from llm_quantize.quality.comparison import Comparison
 from llm_quantize.quality.evaluate import compare, quality_report
 from llm_quantize.display import human_size

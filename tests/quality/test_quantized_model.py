@@ -15,7 +15,8 @@ from llm_quantize.models.checkpoint import open_checkpoint
 from llm_quantize.quality.quantized_model import FloatModel, GGUFModel, load_quantized, open_quantized, placement
 from llm_quantize.models.reference import load_float
 from llm_quantize.errors import ArgumentError, ConversionError, ModelNotFoundError, OutOfMemoryError
-from llm_quantize.gguf.container import open_gguf, write_gguf
+from llm_quantize.gguf.container import write_gguf
+from llm_quantize.gguf.reader import open_gguf
 from llm_quantize.quality.metrics import logits_of, scored_states
 from llm_quantize.api import quantize
 
