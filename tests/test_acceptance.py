@@ -97,7 +97,7 @@ def test_exits_of_the_command(capsys, sample_model, tmp_path, monkeypatch):
 
 def damage(path, tensor, at, data, target):
     "A copy of a file with some bytes of a tensor overwritten."
-    _, offset, size = open_gguf(path)._where[tensor]
+    _, offset, size = open_gguf(path).places[tensor]
     content = bytearray(Path(path).read_bytes())
     start = offset + (at if at >= 0 else size + at)
     content[start:start + len(data)] = data
@@ -118,7 +118,7 @@ def test_a_file_that_holds_other_bytes_than_were_produced(checkpoint, tmp_path, 
     result = quantize(checkpoint, "gguf", "Q4_K_M", output_dir=tmp_path)
     meant = {t["name"]: t["checksum"] for t in result.tensors}
     check_tensors(open_gguf(result.output_path), meant)
-    _, offset, _ = open_gguf(result.output_path)._where["blk.0.ffn_up.weight"]
+    _, offset, _ = open_gguf(result.output_path).places["blk.0.ffn_up.weight"]
     flipped = bytes([Path(result.output_path).read_bytes()[offset + 50] ^ 1])
     bad = damage(result.output_path, "blk.0.ffn_up.weight", 50, flipped, tmp_path / "bad.gguf")
     check_tensors(open_gguf(bad))

@@ -162,14 +162,14 @@ class GGUFFile:
         self.paths, (first, *_) = list(fronts), fronts.values()
         self.metadata = {k: v for k, v in first.metadata.items() if not k.startswith("split.")}
         self.tensors = {name: info for front in fronts.values() for name, info in front.tensors.items()}
-        self._places = {name: place for front in fronts.values() for name, place in front.places.items()}
+        self.places = {name: place for front in fronts.values() for name, place in front.places.items()}
 
     def data(self, name: str) -> torch.Tensor: # (rows, row_bytes) uint8
         "The bytes of a tensor, one row per row of weights; raises `ModelNotFoundError` for an unknown name."
         if name not in self.tensors:
             names = ", ".join(list(self.tensors)[:4])
             raise ModelNotFoundError(f"{self.path.name} has no tensor {name}", f"it has {names} ...")
-        (path, offset, size), (_, shape) = self._places[name], self.tensors[name]
+        (path, offset, size), (_, shape) = self.places[name], self.tensors[name]
         raw = np.fromfile(path, np.uint8, count=size, offset=offset)
         if raw.size != size: raise ModelNotFoundError(f"{path} became shorter while it was read", "write it again")
         return torch.from_numpy(raw).view(prod(shape[:-1]), -1)

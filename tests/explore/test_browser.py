@@ -234,7 +234,7 @@ def test_widgets_follow_their_controls_in_jupyterlab(browser, tmp_path):
     pytest.importorskip("jupyterlab", reason=NEEDED.format("jupyterlab (pip install 'llm_quantize[widgets]')"))
     folder, private = tmp_path / "notebooks", tmp_path / "private"
     for made in (folder, private): made.mkdir()
-    real = notebook_of(folder / "explore.ipynb", sources("55_explore.ipynb"))
+    real = notebook_of(folder / "explore.ipynb", sources("explore/04_views.ipynb"))
     dead = notebook_of(folder / "dead.ipynb", ["from results import importance\nfound = importance()", "found.live._draw = lambda name: None\nfound"])
     with jupyter_lab(folder, private) as address:
         with page(browser, viewport={"width": 1400, "height": 1800}) as opened:

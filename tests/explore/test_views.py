@@ -149,4 +149,4 @@ def test_a_displayed_result_escapes_its_words():
 
     from results import report
     text = replace(report("<i>.gguf", 4.8), original_model="<b>")._repr_html_()
-    assert "<i>" not in text and "<b>" not in text and "&lt;i>" in text
+    assert "<i>" not in text and "<b>" not in text and "&lt;i&gt;" in text

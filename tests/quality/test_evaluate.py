@@ -200,7 +200,7 @@ def test_identical_models(original, checkpoint, ids, tmp_path):
 def test_one_damaged_tensor_raises_the_divergence(checkpoint, files, tmp_path):
     "The scales of one tensor's first rows are overwritten in the file."
     clean = open_gguf(files["Q8_0"])
-    path, offset, _ = clean._where["blk.1.ffn_down.weight"]
+    path, offset, _ = clean.places["blk.1.ffn_down.weight"]
     spoilt = tmp_path / "spoilt.gguf"
     data = bytearray(open(path, "rb").read())
     for block in range(200): data[offset + 34 * block:offset + 34 * block + 2] = np.float16(0.5).tobytes()
