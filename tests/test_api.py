@@ -86,18 +86,17 @@ SAME = {
     "analyze": (("analyze",), {"threads", "progress"}),
     "quality_report": (("quality", "report"), {"threads", "progress", "dtype"}),
     "compare": (("quality", "compare"), {"threads", "progress", "dtype"}),
-    "validate": (("validate",), set()),
+    "validate": (("validate",), {"threads"}),
     "info": (("info",), set()),
     "sample": (("sample",), set()),
 }
-RENAMED = {("validate", "quantized"): "path"} # the command line calls it by what it is
 
 
 @pytest.mark.parametrize("verb", SAME)
 def test_options_and_defaults_are_those_of_the_command(verb):
     words, only_python = SAME[verb]
     ours = of_python(getattr(lq, verb))
-    theirs = {RENAMED.get((verb, name), name): default for name, default in of_command(*words).items()}
+    theirs = of_command(*words)
     assert only_python <= set(ours)
     assert {name: default for name, default in ours.items() if name not in only_python} == theirs
 

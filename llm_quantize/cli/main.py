@@ -247,10 +247,11 @@ def validate(
     quantized: Annotated[Path, _FILE],
     original: Annotated[str | None, _MADE_FROM] = None,
     backend: Annotated[str, _LOADED] = "torch",
+    device: DEVICE = None,
 ):
     "Look at every tensor of a quantized model: readable, numbers, and like its original."
     from llm_quantize.api import validate as run
-    output.show(run(quantized, original, backend=backend), _facts)
+    output.show(run(quantized, original, backend=backend, device=device), _facts)
 
 # %% ../../nbs/cli/04_main.ipynb #main-as-known
 _LESS_MEMORY = 'close other programs, or set CUDA_VISIBLE_DEVICES="" to stay off the GPU'

@@ -32,8 +32,9 @@ def _decoded(file: GGUFFile, name: str, data: torch.Tensor) -> Iterator[torch.Te
     if type not in QTYPES: yield file.decode(name)
     else: yield from (decode(part, type) for part in data.split(max(1, _DECODED // shape[-1])))
 
-def check_tensors(file: GGUFFile,           # an opened file
-                  meant: dict | None = None # name -> checksum of the bytes that were produced
+def check_tensors(file: GGUFFile,            # an opened file
+                  meant: dict | None = None, # name -> checksum of the bytes that were produced
+                  device: str = "cpu"        # where to decode
                  ) -> None:
     """Read and decode every tensor.
 
@@ -44,7 +45,7 @@ def check_tensors(file: GGUFFile,           # an opened file
         if meant is not None and checksum(data) != meant.get(name):
             raise ValidationError(f"tensor {name} of {file.path.name} holds other bytes than were written",
                                   "the disk or the memory is at fault: make the file again, in another place")
-        if not all(weights.isfinite().all() for weights in _decoded(file, name, data)):
+        if not all(weights.isfinite().all() for weights in _decoded(file, name, data.to(device))):
             what = f"tensor {name} of {file.path.name} does not decode to numbers: a scale is NaN or infinite"
             raise ValidationError(what, "the file is damaged, or was made by a faulty encoder: make it again")
 

@@ -14,6 +14,7 @@ from ..errors import ArgumentError, ValidationError
 from ..gguf.reader import open_gguf
 from ..gguf.verify import check_tensors
 from ..models.checkpoint import Checkpoint
+from ..models.job import find_device
 from .bench import Setting
 from .llama_cpp_model import check_loads
 from .quantized_model import WeightPair, open_quantized
@@ -61,24 +62,28 @@ def _check_pair(pair: WeightPair, model: str) -> float: # relative error
         )
     return error
 
-def _compare_tensors(opened) -> tuple[int, dict | None]: # number of tensors, the one furthest from the original
-    rows = [{"name": pair.name, "type": pair.type, "relative_error": _check_pair(pair, opened.name)}
-            for pair in opened.pairs()]
+def _compare_tensors(opened, device: str) -> tuple[int, dict | None]: # number of tensors, the one furthest off
+    rows = []
+    for pair in opened.pairs():
+        there = pair._replace(original=pair.original.to(device), decoded=pair.decoded.to(device))
+        rows.append({"name": pair.name, "type": pair.type, "relative_error": _check_pair(there, opened.name)})
     return len(rows), max(rows, key=lambda row: row["relative_error"], default=None)
 
 # %% ../../nbs/quality/12_validation.ipynb #validation-validate
 def validate(
-    path: str | Path,
+    quantized: str | Path,
     original: str | Path | Checkpoint | None = None,
     *,
     backend: str = "torch",
+    device: str | None = None,
 ) -> Validation:
     """Look at every tensor of a quantized model.
 
     Args:
-        path: a GGUF file; with the original also a directory.
+        quantized: a GGUF file; with the original also a directory.
         original: what it was made from: a Hugging Face directory, a Hub id, or an opened checkpoint.
         backend: "llama.cpp": it must also load there and run a few tokens, in a process of its own.
+        device: "cpu" or "cuda"; default: CUDA where there is one.
 
     Returns:
         What was looked at, and the tensor that is furthest from the original.
@@ -91,18 +96,18 @@ def validate(
     Example:
         >>> lq.validate("Qwen3-0.6B-Q4_K_M.gguf", "Qwen3-0.6B").largest_error["name"]
     """
-    path = Path(path).expanduser()
+    path = Path(quantized).expanduser()
     Setting(backend=backend).check_files([path])
     if path.is_dir() and original is None:
         hint = "give --original MODEL"
         raise ArgumentError(f"{path} is a directory; it can only be compared with its original", hint)
-    count, worst = 0, None
+    count, worst, device = 0, None, find_device(device)
     if not path.is_dir():
         file = open_gguf(path)
-        check_tensors(file)
+        check_tensors(file, device=device)
         count = len(file.tensors)
     if original is not None:
-        compared, worst = _compare_tensors(open_quantized(original, path))
+        compared, worst = _compare_tensors(open_quantized(original, path), device)
         count = max(count, compared)
     if backend == "llama.cpp": check_loads(path)
     return Validation(str(path), count, original is not None, True if backend == "llama.cpp" else None, worst)
