@@ -129,7 +129,7 @@ def _check_together(format: str, given: dict) -> None:
 def _request(level: str | None, given: dict) -> Request:
     "The options of `quantize` by theme."
     keep = _checkpoint_folder(given["checkpoint_dir"], given["no_checkpoints"], given["resume"])
-    shard = given["max_shard_size"]
+    shard, read = given["max_shard_size"], tuple(given[key] for key in ("imatrix", "calibration_data", "profile"))
     target = target_of(given["target_bpw"], given["target_size"])
     return Request(
         level=level or "Q4_K_M",
@@ -137,7 +137,7 @@ def _request(level: str | None, given: dict) -> Request:
         search=given["search"],
         effort=given["effort"],
         force=given["force"],
-        output=Output(Path(given["output_dir"]), given["output_name"], shard and parse_size(shard)),
+        output=Output(Path(given["output_dir"]), given["output_name"], shard and parse_size(shard), read),
         calibration=Calibration(given["calibration_data"], given["calibration_samples"]),
         dynamic=Dynamic(given["profile"], target, _costs_beside(given["imatrix"])),
         feedback=Feedback(given["error_feedback"], keep, given["resume"] is not None),

@@ -27,6 +27,7 @@ from .resume import discard_state
 from .super_weights import SuperWeights, find_super_weights
 from .text import text_of
 from ..errors import ArgumentError, CheckpointError, ImatrixError, ImportanceError, OutOfMemoryError
+from ..files import refuse_inputs
 from ..models.fingerprint import fingerprint
 from ..models.job import Job
 from ..models.layer_stack import LayerStack
@@ -158,7 +159,7 @@ def measure_importance(
     begun = time.monotonic()
     _check(method, calibration_samples, coverage)
     folder = _checkpoint_folder(checkpoint_dir, resume)
-    path = _target(output, job.name)
+    path = refuse_inputs(_target(output, job.name), calibration_data, job.checkpoint.path)
     ids, name = _windows(job, calibration_data, calibration_samples), text_of(job, calibration_data).name
     _log.info("%s: %d windows of %d tokens from %s", job.name, len(ids), SIZE, name)
     stack = job.stack(keep=saved_way(folder) if resume is not None else None)

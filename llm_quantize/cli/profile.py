@@ -98,8 +98,10 @@ def profile_create(
     from dataclasses import replace
 
     from llm_quantize.calibration.imatrix import ImportanceMatrix
+    from llm_quantize.files import refuse_inputs
     from llm_quantize.gguf.profiles import Profile, facts_of_imatrix, saved_name, target_of
     place = out or saved_name(name)  # a name that cannot be one is found before hours of measuring
+    refuse_inputs(place, imatrix, model, base)
     if not place.parent.is_dir():
         raise ProfileError(f"there is no directory {place.parent}", "make it, or choose another place with --output")
     matrix, start = ImportanceMatrix.load(imatrix), Profile.load(base)
@@ -144,10 +146,10 @@ def profile_export(
     out: Annotated[Path | None, typer.Option("-o", "--output", help="file to write; default: print")] = None,
 ):
     "The types of a profile for another program."
-    from llm_quantize.files import write_aside
+    from llm_quantize.files import refuse_inputs, write_aside
     from llm_quantize.gguf.profiles import Profile
     if not llama_cpp: raise ArgumentError("no program to export to was named", "give --llama-cpp")
     text = Profile.load(profile).llama_cpp()
-    if out is not None: write_aside(out, text)
+    if out is not None: write_aside(refuse_inputs(out, profile), text)
     facts = {"output_path": str(out) if out else None, "lines": text.splitlines()}
     output.show(Found(facts), lambda _: print(out or text.rstrip("\n")))

@@ -14,6 +14,7 @@ from ..calibration.effort import find_effort
 from ..calibration.imatrix import ImportanceMatrix
 from ..display import closest
 from ..errors import ArgumentError, LLMQuantizeError
+from ..files import refuse_inputs
 from .profiles import Profile, Target
 from ..quants.codec import SEARCHES
 
@@ -24,6 +25,7 @@ class Output:
     folder: Path = Path(".")         # made if missing
     name: str | None = None          # default: NAME-LEVEL.gguf
     max_shard_size: int | None = None # bytes; the output is split in files no larger
+    read: tuple = ()                 # files that the run reads, which are never written over
 
     def path(self, model: str, level: str) -> Path:
         "The file for a model at a level; raises `ArgumentError` or `LLMQuantizeError` where it cannot be."
@@ -37,7 +39,7 @@ class Output:
         if not there.is_dir():
             raise LLMQuantizeError(f"cannot make the directory {path.parent}: {there} is a file", hint)
         if not os.access(there, os.W_OK): raise LLMQuantizeError(f"the directory {there} cannot be written to", hint)
-        return path
+        return refuse_inputs(path, *self.read)
 
     def make_folder(self) -> None:
         "Make the directory: called when there is something to put there."
