@@ -269,7 +269,7 @@ def test_global_options_may_stand_anywhere():
 @pytest.fixture(scope="module")
 def dynamic_place(tmp_path_factory):
     "A directory with the sample's importance matrix; costs are measured beside it, once."
-    from llm_quantize.cli.main import analyze
+    from llm_quantize.api import analyze
     from llm_quantize.models.checkpoint import sample_path
     folder = tmp_path_factory.mktemp("dynamic")
     analyze(sample_path(), output=folder / "s.imatrix", calibration_samples=4, checkpoint_dir=folder / "state", device="cpu")
