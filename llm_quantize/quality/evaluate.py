@@ -59,9 +59,10 @@ def quality_report(
     Example:
         >>> lq.quality_report("Qwen3-0.6B", "Qwen3-0.6B-Q4_K_M.gguf").metrics.kld_mean
     """
+    if output is not None: check_ending(output, tuple(REPORT_FORMS))
     bench = Bench(original, Setting(calibration_data, calibration_samples, device, dtype, backend))
     read = (calibration_data, prompts, quantized, bench.checkpoint.path)
-    if output is not None: refuse_inputs(check_ending(output, tuple(REPORT_FORMS)), *read)
+    if output is not None: refuse_inputs(output, *read)
     asked = read_prompts(prompts) if coherence_check else []
     with bench.load(bench.open(quantized)) as loaded:
         report = bench.report(loaded, layers=include_layers, progress=progress)
@@ -104,10 +105,11 @@ def compare(
     unknown = [name for name in metrics or [] if name not in COLUMNS]
     if unknown: raise ArgumentError(f"unknown metric '{unknown[0]}'", f"use some of {','.join(COLUMNS)}")
     if not quantized: raise ArgumentError("nothing to compare with the original", "give one or more GGUF files")
+    if output is not None: check_ending(output, tuple(COMPARISON_FORMS))
     setting = Setting(calibration_data, calibration_samples, device, dtype, backend, together=len(quantized))
     bench = Bench(original, setting)
     read = (calibration_data, *quantized, bench.checkpoint.path)
-    if output is not None: refuse_inputs(check_ending(output, tuple(COMPARISON_FORMS)), *read)
+    if output is not None: refuse_inputs(output, *read)
     measured = reports(bench, [bench.open(path) for path in quantized], progress)
     measured.sort(key=lambda report: -report.metrics.file_size)
     comparison = Comparison(bench.checkpoint.name, tuple(measured), tuple(metrics or COLUMNS))

@@ -173,7 +173,7 @@ def jupyter_lab(folder, private):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(what), encoding="utf-8")
     own = {f"JUPYTER_{what}_DIR": str(private / what.lower()) for what in ("CONFIG", "DATA", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(private / "spaces")}
-    environment = {**os.environ, **own, "IPYTHONDIR": str(private / "ipython"), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "browser")])}
+    environment = {**os.environ, **own, "IPYTHONDIR": str(private / "ipython"), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "explore")])}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip", "127.0.0.1", "--port", str(port), "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
     with open(private / "lab.log", "w", encoding="utf-8") as log: server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
